@@ -1,0 +1,1027 @@
+# Copyright 2026 The STORMS team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The latent mode: a bounded block of hidden states instead of text, in `generate` and in training.
+
+The vector that occupies slot k is the last-layer, post-norm hidden state of the position before it: slot 1 is fed the
+state at `<|latent_start|>`, slot k + 1 the state at slot k. A slot's visible id is `<|latent_pad|>`. M-RoPE positions
+and the cache advance by one per slot, as for a text token. Which rows are inside a block is read from the ids alone,
+so rows of one batch may open, run and close blocks at different steps.
+
+`LatentReasoningMixin` goes in front of any transformers vision-language model that keeps its backbone in `self.model`
+and whose config names the three latent ids; it knows no backbone by name.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation.streamers import BaseStreamer
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput, can_return_tuple
+
+
+# What the mixin is mixed into: a transformers model with `GenerationMixin`.
+Backbone: Any = object
+
+LATENT_MODES = ("auto", "force", "off")
+LATENT_STOPS = ("budget", "token")
+LATENT_INPUTS = ("rollout", "teacher_forced")
+STOP_SUPERVISIONS = ("none", "not_end", "pad")
+
+LatentIntervention = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class StormsOutput(ModelOutput):
+    """What `forward` returns.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`): `lm_loss + latent_loss_weight * latent_loss + stop_loss`, those present.
+        lm_loss (`torch.Tensor` of shape `()`): cross-entropy, mean over labelled tokens.
+        latent_loss (`torch.Tensor` of shape `()`): squared error between states and targets, mean over slots and
+            hidden dimensions, in at least float32.
+        stop_loss (`torch.Tensor` of shape `()`): loss of the stay-or-end decision, mean over slots.
+        logits (`torch.Tensor` of shape `(batch, num_logits, vocab_size)`).
+        latent_states (`torch.Tensor` of shape `(batch, max_slots, hidden_size)`): the vector each slot should hold,
+            in order, zero after a row's last slot; None where the batch has no slot.
+        latent_mask (`torch.BoolTensor` of shape `(batch, max_slots)`): which of them exist.
+        past_key_values (`Cache`, *optional*): None after a rollout, whose cache is laid out for training.
+        hidden_states, attentions (`tuple`, *optional*): as in transformers; not available from a rollout.
+        last_hidden_state (`torch.Tensor` of shape `(batch, 1, hidden_size)`): post-norm state of the last position,
+            what `generate` feeds to the next slot.
+    """
+
+    loss: torch.Tensor | None = None
+    lm_loss: torch.Tensor | None = None
+    latent_loss: torch.Tensor | None = None
+    stop_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    latent_states: torch.Tensor | None = None
+    latent_mask: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    last_hidden_state: torch.Tensor | None = None
+
+
+@dataclass
+class StormsGenerateOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns with `return_dict_in_generate=True`; everything of `GenerateDecoderOnlyOutput`, and:
+
+    Args:
+        latent_states (`list[torch.Tensor]`): per row, `(num_slots, hidden_size)`, the vectors fed to its slots, blocks
+            concatenated; as `latent_intervention` left them, where there is one.
+        latent_lengths (`torch.LongTensor` of shape `(batch,)`): slots per row, all blocks together.
+        latent_stop_reasons (`list[str]`): how each row's last block ended. `"token"`: the model chose
+            `<|latent_end|>`; `"budget"`: forced after `latent_size` slots; `"length"`: generation stopped inside the
+            block; `"none"`: no block was opened.
+    """
+
+    latent_states: list[torch.Tensor] | None = None
+    latent_lengths: torch.Tensor | None = None
+    latent_stop_reasons: list[str] | None = None
+
+
+@dataclass
+class LatentOptions:
+    """The latent mode of one `generate` call; see `LatentReasoningMixin.generate`.
+
+    Raises:
+        ValueError: if an option has a value that means nothing, or two contradict each other.
+    """
+
+    latent_mode: str = "auto"
+    latent_size: int = 8
+    latent_stop: str = "budget"
+    max_latent_blocks: int = 1
+    latent_bottleneck: bool = False
+
+    def __post_init__(self):
+        for name, value, allowed in (
+            ("latent_mode", self.latent_mode, LATENT_MODES),
+            ("latent_stop", self.latent_stop, LATENT_STOPS),
+            ("latent_bottleneck", self.latent_bottleneck, (False, True)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, allowed))}.")
+        for name, value in (("latent_size", self.latent_size), ("max_latent_blocks", self.max_latent_blocks)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(
+                    f"{name} is {value!r}, but must be an integer of at least 1. Use latent_mode='off' for none."
+                )
+        if self.latent_bottleneck and self.latent_mode == "off":
+            raise ValueError(
+                "latent_bottleneck=True with latent_mode='off' would answer without seeing the video at all: under "
+                "the bottleneck only the slots carry it. Turn one of the two off."
+            )
+
+
+@dataclass
+class LatentTokens:
+    """The three vocabulary ids of the latent mode."""
+
+    start: int
+    pad: int
+    end: int
+
+    def isin(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return (input_ids == self.start) | (input_ids == self.pad) | (input_ids == self.end)
+
+
+def bottleneck_overlay(blind: torch.Tensor, concealed: torch.Tensor) -> Callable:
+    """Mask function of the latent bottleneck, to be laid over the causal mask.
+
+    Args:
+        blind (`torch.BoolTensor` of shape `(batch, num_keys)`): positions that, as queries, are kept from the video:
+            everything but visual tokens, `<|latent_start|>` and slots.
+        concealed (`torch.BoolTensor` of shape `(batch, num_keys)`): positions that, as keys, blind queries can't see:
+            visual tokens and `<|latent_start|>`, which has seen them.
+    """
+
+    def overlay(batch_idx, head_idx, q_idx, kv_idx):
+        return ~(blind[batch_idx, q_idx] & concealed[batch_idx, kv_idx])
+
+    return overlay
+
+
+class LatentRun:
+    """What one `generate` call must remember between steps: the state to feed next, and the states fed so far."""
+
+    def __init__(self, options: LatentOptions, tokens: LatentTokens, intervention: LatentIntervention | None):
+        self.options = options
+        self.tokens = tokens
+        self.intervention = intervention
+        self.prompt_length = 0
+        self.max_slots = 0
+        self.feedback: torch.Tensor | None = None  # (B, 1, H), state of the last position
+        self.recorded: torch.Tensor | None = None  # (B, max_slots, H)
+        self.recorded_length = 0  # sequence length at the last record
+
+    def begin(self, prompt_length: int, max_length: int) -> None:
+        self.prompt_length = prompt_length
+        self.max_slots = min(self.options.latent_size * self.options.max_latent_blocks, max_length - prompt_length)
+
+    def num_trailing_slots(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Slots of the block each row is inside of, `(batch,)`."""
+        tail = input_ids[:, -(self.options.latent_size + 1) :]
+        return (tail.flip(1) == self.tokens.pad).int().cumprod(1).sum(1)
+
+    def num_blocks(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Blocks each row has opened, one that the prompt left open included, `(batch,)`."""
+        return (input_ids[:, max(self.prompt_length - 1, 0) :] == self.tokens.start).sum(1)
+
+    def next_feedback(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The vector to feed if a row's last id is a slot, `(batch, 1, hidden_size)`; noted down once per step."""
+        assert self.feedback is not None
+        if input_ids.shape[1] == self.recorded_length:
+            return self.feedback
+        self.recorded_length = input_ids.shape[1]
+        states = self.feedback[:, 0]
+        input_ids = input_ids.to(states.device)
+        is_slot = input_ids[:, -1] == self.tokens.pad
+        if self.intervention is not None:
+            states = self._intervene(self.intervention, states, is_slot, self.num_trailing_slots(input_ids) - 1)
+        if self.recorded is None:
+            self.recorded = states.new_zeros(states.shape[0], self.max_slots, states.shape[1])
+        slot_idx = (input_ids[:, self.prompt_length :] == self.tokens.pad).sum(1) - 1
+        slot_idx = slot_idx.clamp(min=0)[:, None, None].expand(-1, 1, states.shape[1])
+        kept = torch.where(is_slot[:, None, None], states[:, None], self.recorded.gather(1, slot_idx))
+        self.recorded.scatter_(1, slot_idx, kept)
+        self.feedback = states[:, None]
+        return self.feedback
+
+    @staticmethod
+    def _intervene(intervention, states, is_slot, slot_index):
+        rows = is_slot.nonzero()[:, 0]
+        if len(rows) == 0:
+            return states
+        replaced = intervention(states[rows], slot_index[rows])
+        if not isinstance(replaced, torch.Tensor) or replaced.shape != states[rows].shape:
+            seen = tuple(replaced.shape) if isinstance(replaced, torch.Tensor) else type(replaced).__name__
+            raise ValueError(
+                f"latent_intervention returned {seen}, but must return states of the shape it was given, "
+                f"{tuple(states[rows].shape)}."
+            )
+        return states.index_copy(0, rows, replaced.to(states))
+
+    def finish(self, sequences: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor, list[str]]:
+        """States, lengths and stop reasons of the finished sequences, `(batch, prompt + new)`."""
+        if self.feedback is not None and self.recorded_length < sequences.shape[1]:
+            self.next_feedback(sequences)  # a slot chosen at the last step was never fed, but is one
+        lengths = (sequences[:, self.prompt_length :] == self.tokens.pad).sum(1)
+        assert self.recorded is not None
+        states = [row[:length].clone() for row, length in zip(self.recorded, lengths.tolist())]
+        new_ids = sequences[:, max(self.prompt_length - 1, 0) :].tolist()
+        return states, lengths, [self._stop_reason(ids) for ids in new_ids]
+
+    def _stop_reason(self, ids: list[int]) -> str:
+        if self.tokens.start not in ids:
+            return "none"
+        block = ids[len(ids) - ids[::-1].index(self.tokens.start) :]
+        num_slots = next((i for i, token in enumerate(block) if token != self.tokens.pad), len(block))
+        if num_slots == len(block) or block[num_slots] != self.tokens.end:
+            return "length"
+        return "budget" if num_slots == self.options.latent_size else "token"
+
+
+class LatentLogitsProcessor(LogitsProcessor):
+    """Wraps every other logits processor: they see the text alone, and the rules of the latent mode come last.
+
+    Args:
+        run (`LatentRun`): the options and ids.
+        inner (`LogitsProcessorList`): what `generate` would have applied.
+        do_sample (`bool`): inside a block with `latent_stop="token"`, whether ending is drawn or is the argmax.
+        fill_token_id (`int`): stands in for a latent id where a row holds no text at all.
+    """
+
+    def __init__(self, run: LatentRun, inner: LogitsProcessorList, do_sample: bool, fill_token_id: int):
+        self.run = run
+        self.inner = inner
+        self.do_sample = do_sample
+        self.fill_token_id = fill_token_id
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        run, tokens = self.run, self.run.tokens
+        # 1. Where each row stands, from its ids.
+        num_slots = run.num_trailing_slots(input_ids)
+        is_open = (num_slots > 0) | (input_ids[:, -1] == tokens.start)
+        may_open = run.num_blocks(input_ids) < run.options.max_latent_blocks
+        # 2. Outside a block no slot or end, and no start beyond the allowed blocks; suppressed before the inner
+        #    processors, so that top-k and top-p choose among what can be emitted, and once more after them.
+        forbidden = torch.stack([~may_open & ~is_open, ~is_open, ~is_open], dim=1)
+        scores = self._suppress(scores, forbidden)
+        if self.inner:
+            scores = self._suppress(self.inner(self._text_only(input_ids), scores), forbidden)
+        # 3. Inside a block only stay or end.
+        end = num_slots == run.options.latent_size
+        if run.options.latent_stop == "token" and not self.do_sample:
+            end = end | (scores.argmax(-1) == tokens.end)
+        ruled = torch.full_like(scores, -math.inf)
+        if run.options.latent_stop == "token" and self.do_sample:
+            log_p_end = torch.where(end, 0.0, scores.log_softmax(-1)[:, tokens.end])
+            ruled[:, tokens.end] = log_p_end
+            ruled[:, tokens.pad] = torch.log1p(-log_p_end.exp())
+        else:
+            ruled[:, tokens.end] = torch.where(end, 0.0, -math.inf)
+            ruled[:, tokens.pad] = torch.where(end, -math.inf, 0.0)
+        scores = torch.where(is_open[:, None], ruled, scores)
+        # 4. The first new token of a forced block.
+        if run.options.latent_mode == "force" and input_ids.shape[1] == run.prompt_length:
+            opening = torch.full_like(scores, -math.inf)
+            opening[:, tokens.start] = 0.0
+            scores = torch.where(is_open[:, None], scores, opening)
+        return scores
+
+    def _suppress(self, scores: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
+        tokens = self.run.tokens
+        scores = scores.clone()
+        for column, token_id in enumerate((tokens.start, tokens.pad, tokens.end)):
+            scores[:, token_id] = scores[:, token_id].masked_fill(forbidden[:, column], -math.inf)
+        return scores
+
+    def _text_only(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The rows without latent ids, right-aligned; the room on the left repeats a row's first token, which every
+        penalty has counted already. Cutting it off would need the lengths on the host."""
+        is_latent = self.run.tokens.isin(input_ids)
+        order = is_latent.byte().argsort(dim=1, descending=True, stable=True)
+        first = torch.where(is_latent[:, :1], self.fill_token_id, input_ids[:, :1])
+        room = torch.arange(input_ids.shape[1], device=input_ids.device) < is_latent.sum(1, keepdim=True)
+        return torch.where(room, first, input_ids.gather(1, order))
+
+
+class SuppressLatentTokens(LogitsProcessor):
+    """`latent_mode="off"`: no latent id can be emitted."""
+
+    def __init__(self, token_ids: torch.Tensor):
+        self.token_ids = token_ids
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.index_fill(1, self.token_ids.to(scores.device), -math.inf)
+
+
+class LatentStreamer(BaseStreamer):
+    """Passes a streamer everything but latent ids.
+
+    Columns in which every row is inside a block are dropped; a latent id beside text of other rows becomes
+    `fill_token_id`, as the ids of finished rows do.
+    """
+
+    def __init__(self, streamer: BaseStreamer, tokens: LatentTokens, fill_token_id: int):
+        self.streamer = streamer
+        self.tokens = tokens
+        self.fill_token_id = fill_token_id
+
+    def put(self, value: torch.Tensor) -> None:
+        is_latent = self.tokens.isin(value)
+        if value.ndim == 1 and is_latent.all():
+            return
+        if value.ndim == 2:
+            kept = ~is_latent.all(0)
+            value, is_latent = value[:, kept], is_latent[:, kept]
+        self.streamer.put(value.masked_fill(is_latent, self.fill_token_id))
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
+class RolloutLayer(DynamicLayer):
+    """One layer's keys and values in one segment of a rollout.
+
+    `update` returns earlier and own keys and changes nothing when it is replayed, so a checkpointed layer recomputes
+    the same values; a plain DynamicCache would append a second time.
+    """
+
+    def __init__(self, past: tuple[torch.Tensor, torch.Tensor] | None = None):
+        super().__init__()
+        self.past = past
+        self.full: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        full = (key_states, value_states)
+        if self.past is not None:
+            full = tuple(torch.cat([past, new], dim=-2) for past, new in zip(self.past, full))
+        if self.full is None:
+            self.full = full
+        return full
+
+    def get_seq_length(self) -> int:
+        return 0 if self.past is None else self.past[0].shape[-2]
+
+
+@dataclass
+class RolloutLayout:
+    """Where each position of a batch goes, so that every row opens and closes its blocks in the same columns.
+
+    Columns are `chunk 0 | block 1 | chunk 1 | block 2 | ...`: text right-aligned in its chunk, slots left-aligned in
+    their block, room that a row does not need masked out. A chunk then runs as one segment and a block one column at
+    a time, whatever the rows' lengths, padding side and numbers of slots.
+    """
+
+    column: torch.Tensor  # (B, L), the column of each position; of padding, 0
+    kept: torch.Tensor  # (B, L), False for padding
+    source: torch.Tensor  # (B, T), the position in each column; of room, 0
+    filled: torch.Tensor  # (B, T), False for room
+    chunk_widths: list[int] = field(default_factory=list)
+    block_widths: list[int] = field(default_factory=list)
+
+    @classmethod
+    def plan(cls, is_slot: torch.Tensor, kept: torch.Tensor) -> "RolloutLayout":
+        batch_size, length = is_slot.shape
+        begins = is_slot & ~torch.nn.functional.pad(is_slot, (1, 0))[:, :-1]
+        block = begins.cumsum(1)  # (B, L), blocks begun so far
+        num_blocks = int(block.max()) if length else 0
+        # 1. The width of each chunk and block is that of the row that needs most.
+        is_text = kept & ~is_slot
+        ordinal = torch.arange(num_blocks + 1, device=is_slot.device)
+        num_text = (is_text[..., None] & (block[..., None] == ordinal)).sum(1)  # (B, num_blocks + 1)
+        num_slots = (is_slot[..., None] & (block[..., None] == ordinal)).sum(1)
+        chunk_widths, block_widths = num_text.amax(0), num_slots.amax(0)  # block 0 does not exist: width 0
+        chunk_start = (chunk_widths + block_widths).cumsum(0) - chunk_widths
+        block_start = chunk_start - block_widths
+        # 2. A position's column: the start of its chunk or block, plus its rank there.
+        text_rank = is_text.cumsum(1) - 1 - (num_text.cumsum(1) - num_text).gather(1, block)
+        slot_rank = is_slot.cumsum(1) - 1 - (num_slots.cumsum(1) - num_slots).gather(1, block)
+        text_column = (chunk_start + chunk_widths - num_text).gather(1, block) + text_rank
+        column = torch.where(is_slot, block_start[block] + slot_rank, text_column)
+        # 3. And back. Padding is written to a column past the end and cut off.
+        width = int((chunk_widths + block_widths).sum())
+        position = torch.arange(length, device=is_slot.device).expand(batch_size, -1)
+        target = torch.where(kept, column, width)
+        source = position.new_zeros(batch_size, width + 1).scatter(1, target, position)[:, :width]
+        filled = torch.zeros_like(source, dtype=torch.bool)
+        filled = torch.nn.functional.pad(filled, (0, 1)).scatter(1, target, True)[:, :width]
+        return cls(
+            column=column.masked_fill(~kept, 0),
+            kept=kept,
+            source=source,
+            filled=filled,
+            chunk_widths=chunk_widths.tolist(),
+            block_widths=[*block_widths.tolist()[1:], 0],
+        )
+
+
+class LatentReasoningMixin(Backbone):
+    """Adds the latent mode to `generate`, and its training to `forward`.
+
+    Put it before a transformers model class: `class Storms(LatentReasoningMixin, SomeVLForConditionalGeneration)`.
+    The config must hold `latent_start_token_id`, `latent_pad_token_id` and `latent_end_token_id`.
+    """
+
+    # The loss is divided by what the trainer counts over the whole global batch, not averaged per micro-batch.
+    accepts_loss_kwargs = True
+
+    @property
+    def latent_tokens(self) -> LatentTokens:
+        names = {key: f"latent_{key}_token_id" for key in ("start", "pad", "end")}
+        token_ids: dict[str, Any] = {key: getattr(self.config, name, None) for key, name in names.items()}
+        if None in token_ids.values():
+            raise ValueError(
+                f"The config has latent token ids {token_ids}, but the latent mode needs all three. Make a STORMS "
+                "checkpoint with `python -m recipes.init_checkpoint`."
+            )
+        return LatentTokens(**token_ids)
+
+    # ------------------------------------------------------------------ forward
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        latent_input: str | None = None,
+        latent_targets: torch.Tensor | None = None,
+        latent_loss_weight: float | None = None,
+        latent_bottleneck: bool | torch.Tensor | None = None,
+        stop_supervision: str = "none",
+        latent_feedback: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        num_slots_in_batch: int | torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> StormsOutput:
+        """The backbone's forward, plus latent blocks in training (STORMS, Sec. 3.3).
+
+        Arguments not listed are the backbone's own.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): for training,
+                `[visual context][question]<|latent_start|><|latent_pad|>*K<|latent_end|>[answer]`. Rows may differ in
+                length, padding side, number of slots and number of blocks.
+            labels (`torch.LongTensor` of shape `(batch, length)`): -100 is ignored. Slots never carry a token label,
+                whatever stands there: use `stop_supervision` to train the stay-or-end decision.
+            latent_input (`str`, *optional*): what fills the slots. `"teacher_forced"`: `latent_targets`, in one
+                parallel pass. `"rollout"`: the model's own states, with gradient: text in one pass per chunk, slots
+                one position at a time, about one forward's work in all.
+            latent_targets (`torch.Tensor` of shape `(batch, K, hidden_size)`): K is the largest number of slots in the
+                batch; a row with fewer uses its first ones.
+            latent_loss_weight (`float`, *optional*): overrides `config.latent_loss_weight`.
+            latent_bottleneck (`bool` or `torch.BoolTensor` of shape `(batch,)`, *optional*): rows whose answer may
+                learn about the video from the slots only.
+            stop_supervision (`str`, *optional*, defaults to `"none"`): `"not_end"` adds `-log(1 - p(<|latent_end|>))`,
+                `"pad"` the cross-entropy of `<|latent_pad|>`, each at the K positions that a slot follows.
+            latent_feedback (`torch.Tensor` of shape `(batch, 1, hidden_size)`, *optional*): for `generate`; the
+                vector to feed in a decoding step to rows whose id is `<|latent_pad|>`.
+            num_items_in_batch, num_slots_in_batch (`int`, *optional*): labelled tokens and slots of the whole global
+                batch (accumulation and ranks included), to divide the losses by instead of this batch's own.
+
+        Raises:
+            ValueError: if slots come without `latent_input` (their states would be the embedding of a token that
+                means nothing); if targets have the wrong count or width; if a slot follows neither
+                `<|latent_start|>` nor a slot; if visual tokens follow a block; if `mm_token_type_ids` is missing
+                beside image or video grids (positions would silently become one-dimensional).
+        """
+        if stop_supervision not in STOP_SUPERVISIONS:
+            raise ValueError(f"stop_supervision is {stop_supervision!r}, but must be one of {STOP_SUPERVISIONS}.")
+        vision = {
+            "pixel_values": pixel_values,
+            "pixel_values_videos": pixel_values_videos,
+            "image_grid_thw": image_grid_thw,
+            "video_grid_thw": video_grid_thw,
+            "mm_encoder_outputs": mm_encoder_outputs,
+        }
+        positional = {"mm_token_type_ids": mm_token_type_ids, "second_per_grid_ts": second_per_grid_ts}
+        vision = {name: value for name, value in vision.items() if value is not None}
+        positional = {name: value for name, value in positional.items() if value is not None}
+        if position_ids is None:
+            _check_mm_token_type_ids(past_key_values, mm_token_type_ids, image_grid_thw, video_grid_thw)
+
+        is_slot = None
+        if latent_input is None:
+            # 1a. The plain backbone; in a decoding step, slots get their state instead of an embedding. Whether a
+            #     prompt holds slots is checked by `generate`, once; here a cache means that it was.
+            if latent_bottleneck is not None or latent_targets is not None or stop_supervision != "none":
+                raise ValueError(
+                    "latent_targets, latent_bottleneck and stop_supervision need latent_input='teacher_forced' or "
+                    "'rollout', but latent_input is None."
+                )
+            if latent_feedback is not None:
+                inputs_embeds = self._embed(input_ids, input_ids == self.latent_tokens.pad, latent_feedback)
+                input_ids = None
+            elif past_key_values is None and input_ids is not None:
+                self._refuse_slots(input_ids)
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **vision,
+                **positional,
+                **kwargs,
+            )
+            hidden_states = outputs.last_hidden_state
+        else:
+            # 1b. Training: find the slots, then fill them in parallel or one after the other.
+            if past_key_values is not None or inputs_embeds is not None or input_ids is None:
+                raise ValueError(
+                    f"latent_input={latent_input!r} takes whole sequences of input_ids, without past_key_values or "
+                    "inputs_embeds: the slots are found by their ids."
+                )
+            is_slot = self._find_slots(input_ids)
+            kept = torch.ones_like(is_slot) if attention_mask is None else attention_mask.to(is_slot)
+            if position_ids is None:
+                position_ids = self._prepare_position_ids_for_generation(
+                    input_ids, {"attention_mask": kept.long(), **vision, **positional}
+                )
+            _check_targets(latent_targets, is_slot, self.config.get_text_config().hidden_size)
+            sight = self._sight(input_ids, is_slot, latent_bottleneck)
+            if latent_input == "teacher_forced":
+                if latent_targets is None:
+                    raise ValueError(
+                        "latent_input='teacher_forced' fills the slots with latent_targets, but got none."
+                    )
+                outputs = self._teacher_forced(
+                    input_ids, kept, position_ids, is_slot, latent_targets, sight, **vision, **kwargs
+                )
+                hidden_states = outputs.last_hidden_state
+            elif latent_input == "rollout":
+                outputs = None
+                hidden_states = self._rollout(input_ids, kept, position_ids, is_slot, sight, vision, kwargs)
+            else:
+                raise ValueError(f"latent_input is {latent_input!r}, but must be None or one of {LATENT_INPUTS}.")
+
+        # 2. Logits; a slot's state is the hidden state of the position before it.
+        kept_logits = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.get_output_embeddings()(hidden_states[:, kept_logits])
+        latent_states = latent_mask = None
+        if is_slot is not None and is_slot.any():
+            latent_states, latent_mask = _gather_ragged(hidden_states[:, :-1], is_slot[:, 1:])
+
+        # 3. Losses.
+        lm_loss = latent_loss = stop_loss = None
+        if labels is not None:
+            if is_slot is not None:
+                labels = labels.masked_fill(is_slot, -100)
+            lm_loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.get_text_config().vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+        if latent_states is not None and latent_mask is not None:
+            num_slots = latent_mask.sum() if num_slots_in_batch is None else num_slots_in_batch
+            if latent_targets is not None:
+                latent_loss = _latent_loss(latent_states, latent_targets, latent_mask) / num_slots
+            if stop_supervision != "none" and is_slot is not None:
+                before_slot, _ = _gather_ragged(logits[:, :-1], is_slot[:, 1:])
+                stop_loss = self._stop_loss(before_slot[latent_mask], stop_supervision) / num_slots
+        if latent_loss_weight is None:
+            latent_loss_weight = getattr(self.config, "latent_loss_weight", 0.1)
+        loss: torch.Tensor | None = None
+        for term, weight in ((lm_loss, 1.0), (latent_loss, latent_loss_weight), (stop_loss, 1.0)):
+            if term is not None:
+                loss = weight * term if loss is None else loss + weight * term
+        return StormsOutput(
+            loss=loss,
+            lm_loss=lm_loss,
+            latent_loss=latent_loss,
+            stop_loss=stop_loss,
+            logits=logits,
+            latent_states=latent_states,
+            latent_mask=latent_mask,
+            past_key_values=outputs.past_key_values if outputs is not None else None,
+            hidden_states=outputs.hidden_states if outputs is not None else None,
+            attentions=outputs.attentions if outputs is not None else None,
+            last_hidden_state=hidden_states[:, -1:],
+        )
+
+    def _embed(self, input_ids, is_slot, states):
+        """Token embeddings with `states` in the slots."""
+        embeds = self.get_input_embeddings()(input_ids)
+        return torch.where(is_slot[..., None], states.to(embeds), embeds)
+
+    def _refuse_slots(self, input_ids: torch.Tensor) -> None:
+        pad_id = getattr(self.config, "latent_pad_token_id", None)
+        if pad_id is not None and (input_ids == pad_id).any():
+            rows = (input_ids == pad_id).any(1).nonzero()[:, 0].tolist()
+            raise ValueError(
+                f"Rows {rows} of input_ids hold latent slots, but latent_input is None, so nothing would fill them. "
+                "Pass latent_input='rollout', or 'teacher_forced' with latent_targets."
+            )
+
+    def _find_slots(self, input_ids: torch.Tensor) -> torch.Tensor:
+        tokens = self.latent_tokens
+        is_slot = input_ids == tokens.pad
+        before = torch.nn.functional.pad(input_ids, (1, 0), value=tokens.end)[:, :-1]
+        stray = is_slot & (before != tokens.start) & (before != tokens.pad)
+        if stray.any():
+            row, position = stray.nonzero()[0].tolist()
+            raise ValueError(
+                f"Row {row} of input_ids has <|latent_pad|> at position {position} after id "
+                f"{int(before[row, position])}, but a slot follows <|latent_start|> or another slot."
+            )
+        return is_slot
+
+    def _sight(self, input_ids, is_slot, latent_bottleneck) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Who is kept from the video, and what they can't see, `(batch, length)` each; None without bottleneck."""
+        if latent_bottleneck is None or latent_bottleneck is False:
+            return None
+        if "flash" in str(self.config.get_text_config()._attn_implementation):
+            raise ValueError(
+                "latent_bottleneck needs an attention that takes a mask of its own, but the model uses "
+                f"{self.config.get_text_config()._attn_implementation!r}. Load it with attn_implementation='sdpa'."
+            )
+        rows = torch.as_tensor(latent_bottleneck, dtype=torch.bool, device=input_ids.device).expand(len(input_ids))
+        is_start = input_ids == self.latent_tokens.start
+        if (rows & ~is_start.any(1)).any():
+            raise ValueError(
+                f"latent_bottleneck is set for rows {(rows & ~is_start.any(1)).nonzero()[:, 0].tolist()}, which have "
+                "no latent block: their answers would not see the video at all."
+            )
+        return self._bottleneck_sight(input_ids, is_slot, rows)
+
+    def _bottleneck_sight(self, input_ids, is_slot, rows=None):
+        is_start = input_ids == self.latent_tokens.start
+        is_visual = self._is_visual(input_ids)
+        blind, concealed = ~(is_visual | is_start | is_slot), is_visual | is_start
+        return (blind if rows is None else blind & rows[:, None]), concealed
+
+    def _is_visual(self, input_ids: torch.Tensor) -> torch.Tensor:
+        token_ids = [getattr(self.config, name, None) for name in ("image_token_id", "video_token_id")]
+        is_visual = torch.zeros_like(input_ids, dtype=torch.bool)
+        for token_id in token_ids:
+            if token_id is not None:
+                is_visual = is_visual | (input_ids == token_id)
+        return is_visual
+
+    def _attention_mask(self, kept, sight, shape_like, past_key_values):
+        """The 2D mask, or under a bottleneck the masks the backbone's layers would build, with the overlay."""
+        if sight is None:
+            return kept.long()
+        blind, concealed = sight
+        length = shape_like.shape[1]
+        if past_key_values is not None:
+            length = past_key_values.get_mask_sizes(length, 0)[0]
+        if (room := length - blind.shape[1]) > 0:  # a static cache has keys not yet written
+            blind, concealed = (torch.nn.functional.pad(mask, (0, room)) for mask in (blind, concealed))
+        return create_masks_for_generate(
+            config=self.config,
+            inputs_embeds=shape_like,
+            attention_mask=kept,
+            past_key_values=past_key_values,
+            and_mask_function=bottleneck_overlay(blind, concealed),
+        )
+
+    def _teacher_forced(self, input_ids, kept, position_ids, is_slot, latent_targets, sight, **kwargs):
+        slot_idx = (is_slot.cumsum(1) - 1).clamp(min=0)
+        states = latent_targets.gather(1, slot_idx[..., None].expand(-1, -1, latent_targets.shape[-1]))
+        embeds = self._embed(input_ids, is_slot, states)
+        kwargs["use_cache"] = False
+        return self.model(
+            inputs_embeds=embeds,
+            position_ids=position_ids,
+            attention_mask=self._attention_mask(kept, sight, embeds, None),
+            **kwargs,
+        )
+
+    def _rollout(self, input_ids, kept, position_ids, is_slot, sight, vision, kwargs) -> torch.Tensor:
+        """Post-norm hidden states `(batch, length, hidden_size)`, slots fed by the states before them; zeros at
+        padding."""
+        if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
+            raise ValueError(
+                "A rollout runs in segments and can't return hidden_states or attentions of all layers. Ask for them "
+                "with latent_input='teacher_forced' and the rollout's latent_states as latent_targets."
+            )
+        begun = is_slot.cumsum(1) > 0
+        if (late := begun & self._is_visual(input_ids)).any():
+            row, position = late.nonzero()[0].tolist()
+            raise ValueError(
+                f"Row {row} has a visual token at position {position}, after a latent block. Put images and videos "
+                "before the first block."
+            )
+        # 1. Line the rows up. A slot that the mask hides still has to be computed: it is only unseen by the others.
+        layout = RolloutLayout.plan(is_slot, kept | is_slot)
+        ids = input_ids.gather(1, layout.source).masked_fill(~layout.filled, self.latent_tokens.pad)
+        seen = kept.gather(1, layout.source) & layout.filled
+        positions = position_ids.expand(*position_ids.shape[:-2], *ids.shape[:1], -1)
+        positions = positions.gather(-1, layout.source.expand(*positions.shape[:-1], -1))
+        if sight is not None:
+            sight = tuple(mask.gather(1, layout.source) & layout.filled for mask in sight)
+
+        # 2. Text in chunks, slots one by one, keys and values carried along with their gradient.
+        pieces: list[torch.Tensor] = []
+        cache = self._next_rollout_cache(None)
+        column = 0
+
+        def advance(width: int, **inputs: Any) -> None:
+            nonlocal cache, column
+            span, column = slice(column, column + width), column + width
+            shape_like = ids[:, span, None] if "input_ids" in inputs else inputs["inputs_embeds"]
+            outputs = self.model(
+                **inputs,
+                position_ids=positions[..., span],
+                attention_mask=self._attention_mask(seen[:, :column], sight, shape_like.to(self.dtype), cache),
+                past_key_values=cache,
+                use_cache=False,
+                **kwargs,
+            )
+            pieces.append(outputs.last_hidden_state)
+            cache = self._next_rollout_cache(cache)
+
+        with self._checkpointing_with_cache():
+            for chunk_width, block_width in zip(layout.chunk_widths, layout.block_widths):
+                if chunk_width > 0:
+                    advance(chunk_width, input_ids=ids[:, column : column + chunk_width], **vision)
+                    vision = {}
+                for _ in range(block_width):
+                    advance(1, inputs_embeds=pieces[-1][:, -1:])
+        # 3. Back to the rows' own order.
+        hidden_states = torch.cat(pieces, dim=1)
+        hidden_states = hidden_states.gather(1, layout.column[..., None].expand(-1, -1, hidden_states.shape[-1]))
+        return hidden_states.masked_fill(~layout.kept[..., None], 0.0)
+
+    def _next_rollout_cache(self, cache: Cache | None) -> Cache:
+        if cache is None:
+            return Cache(layers=[RolloutLayer() for _ in range(self.config.get_text_config().num_hidden_layers)])
+        return Cache(layers=[RolloutLayer(layer.full) for layer in cache.layers])
+
+    @contextmanager
+    def _checkpointing_with_cache(self) -> Iterator[None]:
+        """Lets checkpointed layers keep the rollout's cache, which `GradientCheckpointingLayer` would drop: later
+        segments would then not see earlier ones, and gradients would be silently wrong."""
+        layers = [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
+        layers = [layer for layer in layers if layer.gradient_checkpointing and self.training]
+        for layer in layers:
+            if getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant") is not False:
+                raise ValueError(
+                    "latent_input='rollout' with reentrant activation checkpointing would lose the gradients between "
+                    "segments. Use gradient_checkpointing_kwargs={'use_reentrant': False}."
+                )
+            layer._can_checkpoint_with_cache = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer._can_checkpoint_with_cache
+
+    def _stop_loss(self, logits: torch.Tensor, stop_supervision: str) -> torch.Tensor:
+        """Summed loss of the decision to stay, `logits` `(num_slots, vocab_size)` of the positions before slots."""
+        tokens = self.latent_tokens
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        log_total = logits.logsumexp(-1)
+        if stop_supervision == "pad":
+            return (log_total - logits[:, tokens.pad]).sum()
+        others = logits.index_fill(1, torch.tensor(tokens.end, device=logits.device), -math.inf)
+        return (log_total - others.logsumexp(-1)).sum()
+
+    # ----------------------------------------------------------------- generate
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        streamer: BaseStreamer | None = None,
+        latent_intervention: LatentIntervention | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`GenerationMixin.generate` with a latent mode. The options below also live in `generation_config.json`.
+
+        Args:
+            latent_mode (`str`, *optional*, defaults to `"auto"`): `"auto"`: the model opens a block by emitting
+                `<|latent_start|>`. `"force"`: that is the first new token, unless the prompt already ends in it.
+                `"off"`: no latent id can be emitted; the output is the plain backbone's.
+            latent_size (`int`, *optional*): slots per block; the checkpoint's training size by default.
+            latent_stop (`str`, *optional*, defaults to `"budget"`): `"budget"`: exactly `latent_size` slots.
+                `"token"`: the model may end the block earlier with `<|latent_end|>`.
+            max_latent_blocks (`int`, *optional*, defaults to 1): after that many no further block can be opened.
+            latent_bottleneck (`bool`, *optional*, defaults to `False`): the video reaches the answer only through
+                the slots, as in training.
+            latent_intervention (`Callable`, *optional*): `(states (num_rows, hidden_size), slot_index (num_rows,)) ->
+                states`, called once for each slot with the rows that are about to be fed one, in batch order;
+                `slot_index` counts from 0 in each block. What it returns is fed and reported.
+            streamer (`BaseStreamer`, *optional*): sees text only.
+
+        Returns:
+            `StormsGenerateOutput` with `return_dict_in_generate=True`, else `torch.LongTensor` of shape
+            `(batch, prompt + new)`. Latent ids stay in the sequences; `StormsProcessor.batch_decode` drops them.
+
+        Raises:
+            ValueError: for what would be silently wrong: a prompt that holds a closed block (its states are gone), a
+                right-padded batch, missing `mm_token_type_ids`, and, unless `latent_mode="off"`, `use_cache=False`,
+                beam search, assisted decoding, guidance and continuous batching.
+        """
+        tokens = self.latent_tokens
+        resolved, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
+        defaults = LatentOptions(latent_size=getattr(self.config, "latent_size", 8))
+        options = LatentOptions(
+            **{
+                name: next(
+                    (v for v in (model_kwargs.get(name), getattr(resolved, name, None)) if v is not None), default
+                )
+                for name, default in vars(defaults).items()
+            }
+        )
+        kwargs = {name: value for name, value in kwargs.items() if name not in vars(defaults)}
+        self._check_prompt(inputs, tokens, options, resolved, model_kwargs)
+        if options.latent_mode == "off":
+            suppress = SuppressLatentTokens(torch.tensor([tokens.start, tokens.pad, tokens.end], device=self.device))
+            kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), suppress])
+            outputs = super().generate(inputs, generation_config, streamer=streamer, **kwargs)
+            if isinstance(outputs, GenerateDecoderOnlyOutput):
+                rows, hidden_size = len(outputs.sequences), self.config.get_text_config().hidden_size
+                outputs = StormsGenerateOutput(
+                    **outputs,
+                    latent_states=[self.get_output_embeddings().weight.new_empty(0, hidden_size)] * rows,
+                    latent_lengths=torch.zeros(rows, dtype=torch.long, device=outputs.sequences.device),
+                    latent_stop_reasons=["none"] * rows,
+                )
+            return outputs
+
+        _check_decoding(resolved, kwargs, options)
+        run = LatentRun(options, tokens, latent_intervention)
+        if streamer is not None:
+            streamer = LatentStreamer(streamer, tokens, _fill_token_id(resolved))
+        outputs = super().generate(inputs, generation_config, streamer=streamer, latent_run=run, **kwargs)
+        if not isinstance(outputs, GenerateDecoderOnlyOutput):
+            return outputs
+        states, lengths, reasons = run.finish(outputs.sequences)
+        return StormsGenerateOutput(
+            **outputs, latent_states=states, latent_lengths=lengths, latent_stop_reasons=reasons
+        )
+
+    def _check_prompt(self, inputs, tokens, options, generation_config, model_kwargs) -> None:
+        """Refuse prompts whose result would be silently wrong; one look at the ids per call."""
+        cache = model_kwargs.get("past_key_values")
+        if model_kwargs.get("position_ids") is None:
+            _check_mm_token_type_ids(
+                cache, *(model_kwargs.get(k) for k in ("mm_token_type_ids", "image_grid_thw", "video_grid_thw"))
+            )
+        input_ids = inputs if inputs is not None else model_kwargs.get("input_ids")
+        if input_ids is None or input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.shape[1] == 0:
+            return
+        attention_mask = model_kwargs.get("attention_mask")
+        if attention_mask is not None:
+            padded_right = attention_mask[:, -1] == 0
+        else:
+            padded_right = input_ids[:, -1] == (-1 if len(input_ids) == 1 else _fill_token_id(generation_config))
+        # Blocks that a cache still holds are fine: only what has to be run again is checked.
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        if attention_mask is not None and attention_mask.shape[1] != input_ids.shape[1]:
+            cached = 0
+        latent = tokens.isin(input_ids[:, cached:])
+        if options.latent_mode != "off":
+            latent[:, -1] &= input_ids[:, -1] != tokens.start
+        if not torch.stack([padded_right.any(), latent.any()]).any():
+            return
+        if padded_right.any():
+            raise ValueError(
+                f"Rows {padded_right.nonzero()[:, 0].tolist()} of the prompt are padded on the right, but generation "
+                "continues at the right end. Set processor.tokenizer.padding_side = 'left'."
+            )
+        row, position = latent.nonzero()[0].tolist()
+        raise ValueError(
+            f"Row {row} of the prompt holds the latent id {int(input_ids[row, cached + position])} at position "
+            f"{cached + position}, but the hidden states of a block that is not in the cache are gone. Remove closed "
+            "blocks from the chat history (StormsProcessor.batch_decode does); a prompt may only end in "
+            "<|latent_start|>, and not with latent_mode='off'."
+        )
+
+    def _get_logits_processor(self, generation_config, *args, **kwargs):
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        run = (kwargs.get("model_kwargs") or {}).get("latent_run")
+        if run is None:
+            return processors
+        run.begin(kwargs["input_ids_seq_length"], generation_config.max_length)
+        fill_token_id = _fill_token_id(generation_config)
+        return LogitsProcessorList(
+            [LatentLogitsProcessor(run, processors, bool(generation_config.do_sample), fill_token_id)]
+        )
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if (run := model_kwargs.get("latent_run")) is not None:
+            # A copy: a view would keep the whole prefill alive, and a captured graph overwrites its outputs.
+            run.feedback = outputs.last_hidden_state.clone()
+        return model_kwargs
+
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, is_first_iteration=False, latent_run=None, **kwargs
+    ):
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if latent_run is None:
+            return model_inputs
+        if not is_first_iteration:
+            model_inputs["latent_feedback"] = latent_run.next_feedback(input_ids)
+        if latent_run.options.latent_bottleneck:
+            blind, concealed = self._bottleneck_sight(input_ids, input_ids == latent_run.tokens.pad)
+            attention_mask = kwargs.get("attention_mask")
+            kept = torch.ones_like(blind) if attention_mask is None else attention_mask.bool()
+            shape_like = torch.empty(*model_inputs["input_ids"].shape, 0, dtype=self.dtype, device=self.device)
+            model_inputs["attention_mask"] = self._attention_mask(
+                kept.to(self.device),
+                (blind.to(self.device), concealed.to(self.device)),
+                shape_like,
+                model_inputs["past_key_values"],
+            )
+        return model_inputs
+
+
+def _fill_token_id(generation_config: GenerationConfig) -> int:
+    """The id transformers puts after a finished row."""
+    token_id = generation_config.pad_token_id
+    if token_id is None:
+        token_id = generation_config.eos_token_id
+    if isinstance(token_id, (list, tuple)):
+        token_id = token_id[0]
+    return 0 if token_id is None else int(token_id)
+
+
+def _check_mm_token_type_ids(past_key_values, mm_token_type_ids, image_grid_thw, video_grid_thw) -> None:
+    has_grid = image_grid_thw is not None or video_grid_thw is not None
+    if has_grid and mm_token_type_ids is None and past_key_values is None:
+        raise ValueError(
+            "image_grid_thw or video_grid_thw came without mm_token_type_ids, so M-RoPE positions would silently be "
+            "one-dimensional. Pass on everything the processor returns."
+        )
+
+
+def _check_decoding(generation_config: GenerationConfig, kwargs: dict[str, Any], options: LatentOptions) -> None:
+    """Refuse ways of decoding in which a slot's state would be lost or wrong."""
+    refused = None
+    mode = generation_config.get_generation_mode(kwargs.get("assistant_model"))
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        refused = f"generation mode {mode.value!r} (beams or drafts would need other states in the same slot)"
+    elif generation_config.use_cache is False:
+        refused = "use_cache=False (fed states live in the cache; recomputing slots from ids would lose them)"
+    elif generation_config.guidance_scale not in (None, 1, 1.0):
+        refused = "guidance_scale (the unconditional pass would see slots without states)"
+    elif generation_config.cache_implementation == "paged":
+        refused = "cache_implementation='paged' (continuous batching feeds token ids only)"
+    elif kwargs.get("custom_generate") is not None:
+        refused = "custom_generate (it may not feed states back)"
+    elif options.latent_bottleneck and generation_config.prefill_chunk_size is not None:
+        refused = "latent_bottleneck with prefill_chunk_size (the mask needs the whole prompt)"
+    elif options.latent_bottleneck and (
+        kwargs.get("past_key_values") is not None or kwargs.get("inputs_embeds") is not None
+    ):
+        refused = "latent_bottleneck with past_key_values or inputs_embeds (the mask needs the whole prompt's ids)"
+    if refused is not None:
+        raise ValueError(
+            f"latent_mode={options.latent_mode!r} does not work with {refused}. Drop it, or set latent_mode='off'."
+        )
+
+
+def _check_targets(latent_targets: torch.Tensor | None, is_slot: torch.Tensor, hidden_size: int) -> None:
+    if latent_targets is None:
+        return
+    counts = is_slot.sum(1)
+    expected = (len(is_slot), int(counts.max()), hidden_size)
+    if tuple(latent_targets.shape) != expected:
+        raise ValueError(
+            f"latent_targets has shape {tuple(latent_targets.shape)}, but this batch needs {expected}: one vector of "
+            f"the hidden size for each slot (slots per row: {counts.tolist()})."
+        )
+
+
+def _gather_ragged(values: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The chosen positions of each row, in order: `(batch, most, dim)`, zero-padded, and which exist."""
+    counts = chosen.sum(1)
+    order = chosen.byte().argsort(dim=1, descending=True, stable=True)[:, : int(counts.max())]
+    mask = torch.arange(order.shape[1], device=order.device) < counts[:, None]
+    gathered = values.gather(1, order[..., None].expand(-1, -1, values.shape[-1]))
+    return gathered.masked_fill(~mask[..., None], 0.0), mask
+
+
+def _latent_loss(states: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Squared error, mean over hidden dimensions, summed over slots; in float32 or better."""
+    precision = torch.promote_types(states.dtype, torch.float32)
+    error = (states.to(precision) - targets.to(states.device, precision)).pow(2).mean(-1)
+    return error.masked_fill(~mask, 0.0).sum()
+
+
+__all__ = ["LatentReasoningMixin", "StormsGenerateOutput", "StormsOutput"]

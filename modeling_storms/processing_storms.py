@@ -1,0 +1,140 @@
+# Copyright 2026 The STORMS team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Processor of STORMS: Qwen2.5-VL's, with videos decoded by decord and latent tokens kept out of decoded text."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BatchFeature, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+from transformers.utils import logging
+from transformers.video_utils import VideoMetadata
+
+from .video_storms import decode_video, fps_frame_indices, uniform_frame_indices
+
+
+logger = logging.get_logger(__name__)
+
+LATENT_TOKENS = ("<|latent_start|>", "<|latent_pad|>", "<|latent_end|>")
+
+
+# trf-ignore: TRF057 (documented by hand: the decorator knows only the library's own models)
+class StormsVideoProcessor(Qwen2VLVideoProcessor):
+    """Samples `num_frames` (32) frames evenly, or `fps` a second up to `max_frames`, and decodes them with decord.
+
+    A clip with fewer frames than asked for uses what it has and says so in the log. Pixel limits are those of
+    Qwen2.5-VL (`size`), with the reference implementation's cap over the whole video.
+    """
+
+    do_sample_frames = True
+    num_frames = 32
+    cap_pixels_per_frame = True
+
+    def preprocess(self, videos, **kwargs) -> BatchFeature:
+        if kwargs.get("fps") is not None:
+            kwargs.setdefault("num_frames", None)  # the default gives way; giving both is an error
+        return super().preprocess(videos, **kwargs)
+
+    def sample_frames(
+        self,
+        metadata: VideoMetadata,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        max_frames: int | None = None,
+        **kwargs,
+    ) -> np.ndarray:
+        """Indices of the frames to use.
+
+        Args:
+            metadata (`VideoMetadata`): of the video; `fps` is needed to sample by `fps`.
+            num_frames (`int`, *optional*): frames wanted, evenly spread over the video.
+            fps (`float`, *optional*): frames a second wanted instead, at most `max_frames` in all.
+            max_frames (`int`, *optional*): defaults to the processor's own.
+
+        Raises:
+            ValueError: if both or neither of `num_frames` and `fps` are given, or it is not positive.
+        """
+        if (num_frames is None) == (fps is None) or (num_frames or fps or 0) <= 0:
+            raise ValueError(f"Got num_frames={num_frames} and fps={fps}, but need exactly one of them, positive.")
+        total = metadata.total_num_frames
+        if num_frames is not None:
+            if total < num_frames:
+                logger.warning(
+                    f"A video has {total} frames, fewer than the {num_frames} asked for: using all {total}."
+                )
+            return uniform_frame_indices(total, num_frames)
+        if not metadata.fps:
+            raise ValueError(
+                "Sampling by fps needs the video's own fps. Pass video_metadata=[{'fps': ..., 'total_num_frames': "
+                "...}], or num_frames."
+            )
+        return fps_frame_indices(total, metadata.fps, fps or 0.0, max_frames or self.max_frames)
+
+    def fetch_videos(self, video_url_or_urls, sample_indices_fn=None):
+        if isinstance(video_url_or_urls, list):
+            return list(zip(*[self.fetch_videos(video, sample_indices_fn) for video in video_url_or_urls]))
+        return decode_video(video_url_or_urls, sample_indices_fn)
+
+
+# trf-ignore: TRF057 (documented by hand: the decorator knows only the library's own models)
+class StormsProcessor(Qwen2_5_VLProcessor):
+    """Qwen2.5-VL's processor for a tokenizer that holds the three latent tokens.
+
+    `second_per_grid_ts` comes from the frames really sampled; decoded text never holds a latent token.
+
+    Raises:
+        ValueError: if the tokenizer lacks a latent token, or a video given as frames comes without its fps: guessed
+            times would shift every temporal position.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, **kwargs):
+        vocabulary = tokenizer.get_vocab()
+        if missing := [token for token in LATENT_TOKENS if token not in vocabulary]:
+            raise ValueError(
+                f"The tokenizer lacks {', '.join(missing)}. Make a STORMS checkpoint with "
+                "`python -m recipes.init_checkpoint`."
+            )
+        self.latent_token_ids = [vocabulary[token] for token in LATENT_TOKENS]
+        super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template, **kwargs)
+
+    def _process_videos(self, videos, **kwargs):
+        processed, replacements = super()._process_videos(videos, **kwargs)
+        for index, metadata in enumerate(processed["video_metadata"]):
+            if metadata.fps is None:
+                raise ValueError(
+                    f"Video {index} was given as frames without its fps, so the times of its frames are unknown. Pass "
+                    "a file, or video_metadata=[{'fps': ..., 'total_num_frames': ...}]."
+                )
+        return processed, replacements
+
+    def batch_decode(self, sequences, *args, **kwargs) -> list[str]:
+        """`tokenizer.batch_decode` without latent tokens, whatever `skip_special_tokens` says."""
+        return self.tokenizer.batch_decode([self._without_latents(row) for row in sequences], *args, **kwargs)
+
+    def decode(self, token_ids, *args, **kwargs) -> str:
+        """`tokenizer.decode` without latent tokens, whatever `skip_special_tokens` says."""
+        return self.tokenizer.decode(self._without_latents(token_ids), *args, **kwargs)
+
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
+        return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def _without_latents(self, token_ids: Any) -> list[int]:
+        token_ids = torch.as_tensor(token_ids).reshape(-1).tolist()
+        return [token_id for token_id in token_ids if token_id not in self.latent_token_ids]
+
+
+StormsVideoProcessor.register_for_auto_class("AutoVideoProcessor")
+StormsProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = ["StormsProcessor", "StormsVideoProcessor"]

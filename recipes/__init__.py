@@ -1,0 +1,1 @@
+"""Training recipes: parse -> data -> trainer -> train -> push."""

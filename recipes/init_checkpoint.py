@@ -1,0 +1,223 @@
+"""Turn a Qwen2.5-VL model into a STORMS checkpoint: weights, three latent tokens, code, processor, generation config.
+
+    python -m recipes.init_checkpoint --base Qwen/Qwen2.5-VL-7B-Instruct --output storms-7b
+    python -m recipes.init_checkpoint --base Qwen/Qwen2.5-VL-3B-Instruct --output storms-3b --push_to_hub org/storms-3b
+    python -m recipes.init_checkpoint --tiny --output storms-tiny     # random, under 5 MB, downloads nothing
+
+The result loads by `AutoModel.from_pretrained(DIR, trust_remote_code=True)` on a machine without this package.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi
+from transformers import (
+    AddedToken,
+    AutoProcessor,
+    GenerationConfig,
+    HfArgumentParser,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    set_seed,
+)
+
+import modeling_storms
+from modeling_storms import StormsConfig, StormsForConditionalGeneration, StormsProcessor, StormsVideoProcessor
+from modeling_storms.processing_storms import LATENT_TOKENS
+
+
+CHAT_TEMPLATE = Path(modeling_storms.__file__).parent / "chat_template.jinja"
+
+
+@dataclass
+class InitArguments:
+    output: str = field(metadata={"help": "Folder to write; must not exist yet, or be empty."})
+    base: str | None = field(
+        default=None, metadata={"help": "Qwen2.5-VL model: a Hub id or a folder. Give this or --tiny."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Revision of --base to pin."})
+    tiny: bool = field(default=False, metadata={"help": "Build a small random model and tokenizer on the spot."})
+    latent_size: int = field(default=8, metadata={"help": "K, slots per latent block, in training and generation."})
+    seed: int = field(
+        default=0, metadata={"help": "Seed of the new tokens' embeddings, and of the weights of --tiny."}
+    )
+    push_to_hub: str | None = field(default=None, metadata={"help": "Also upload the folder to this Hub repository."})
+    private: bool = field(default=False, metadata={"help": "Create the Hub repository as private."})
+
+
+def build_tiny_base(seed: int = 0) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor]:
+    """A random Qwen2.5-VL of every real part but small (0.2M weights), with a BPE tokenizer trained on the spot."""
+    set_seed(seed)
+    subjects = ("the ball", "the cup on the left", "the red car", "a person", "the camera")
+    motions = ("moves", "rolls", "turns", "stops", "falls", "swaps places", "bounces")
+    places = ("to the right", "behind the box", "before the light changes", "after two seconds", "faster than before")
+    sentences = [f"{subject} {motion} {place}." for subject in subjects for motion in motions for place in places]
+    sentences += ["system user assistant You are a helpful assistant.", "Which happens first? Answer A, B, C or D."]
+    special = ["endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end"]
+    special += ["quad_start", "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(sentences, vocab_size=400, show_progress=False)
+    tokenizer.add_tokens([AddedToken(f"<|{name}|>", special=True) for name in special], special_tokens=True)
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in special}
+
+    config = Qwen2_5_VLConfig(
+        text_config={
+            # Like the released models, the vocabulary is padded beyond the tokenizer's: room for the latent tokens.
+            "vocab_size": -(-(len(tokenizer) + 8) // 64) * 64,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            "bos_token_id": ids["endoftext"],
+            "eos_token_id": ids["im_end"],
+            "pad_token_id": ids["endoftext"],
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
+        },
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
+    )
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    model.generation_config = GenerationConfig(
+        eos_token_id=[ids["im_end"], ids["endoftext"]], pad_token_id=ids["endoftext"], do_sample=False
+    )
+    size = {"shortest_edge": 56 * 56, "longest_edge": 56 * 84}
+    processor = Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(size=size, cap_pixels_per_frame=True)
+    )
+    return model, processor
+
+
+def convert(
+    base: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, latent_size: int = 8, seed: int = 0
+) -> tuple[StormsForConditionalGeneration, StormsProcessor]:
+    """A STORMS model that shares the base model's weights, and its processor.
+
+    The latent tokens' input and output embeddings start as the mean over the tokenizer's own tokens plus 1% of their
+    standard deviation in noise: an average logit, so that an untrained model opens no block by accident, and three
+    vectors that training can tell apart.
+
+    Args:
+        base (`Qwen2_5_VLForConditionalGeneration`): natively loaded, so that old checkpoints' weight names are mapped
+            right; its embeddings are changed in place.
+        processor (`Qwen2_5_VLProcessor`): its tokenizer gets the latent tokens, in place.
+        latent_size (`int`, *optional*, defaults to 8): slots per block.
+        seed (`int`, *optional*, defaults to 0): seed of the noise.
+    """
+    # 1. Tokens. The released vocabularies are padded past the tokenizer's length, so rows usually exist already.
+    tokenizer = processor.tokenizer
+    num_known = len(tokenizer)
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in LATENT_TOKENS], special_tokens=True)
+    token_ids = tokenizer.convert_tokens_to_ids(list(LATENT_TOKENS))
+    if max(token_ids) >= base.config.get_text_config().vocab_size:
+        base.resize_token_embeddings(max(token_ids) + 1, pad_to_multiple_of=64, mean_resizing=False)
+    generator = torch.Generator().manual_seed(seed)
+    for table in {base.get_input_embeddings().weight, base.get_output_embeddings().weight}:
+        known = table.data[:num_known].float()
+        noise = torch.randn(len(token_ids), table.shape[1], generator=generator).to(known.device)
+        table.data[token_ids] = (known.mean(0) + 0.01 * known.std(0) * noise).to(table.dtype)
+
+    # 2. Weights: same names, strictly.
+    inherited = base.config.to_dict()
+    for name in ("model_type", "architectures", "transformers_version", "auto_map"):
+        inherited.pop(name, None)
+    names = ("latent_start_token_id", "latent_pad_token_id", "latent_end_token_id")
+    config = StormsConfig(**inherited, **dict(zip(names, token_ids)), latent_size=latent_size)
+    config.dtype = base.dtype
+    with torch.device("meta"):
+        model = StormsForConditionalGeneration(config)
+    model.load_state_dict(base.state_dict(), strict=True, assign=True)
+    for name, buffer in base.named_buffers():  # not part of a state dict, and on meta they have no values
+        model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], buffer, persistent=False)
+    model.tie_weights()
+    options = {"latent_mode": "auto", "latent_size": latent_size, "latent_stop": "budget"}
+    options |= {"max_latent_blocks": 1, "latent_bottleneck": False}
+    model.generation_config = GenerationConfig(**{**base.generation_config.to_diff_dict(), **options})
+
+    # 3. Processor. Sampling is ours (32 frames), pixels are the base model's.
+    video_options = processor.video_processor.to_dict()
+    for name in ("video_processor_type", "do_sample_frames", "num_frames", "fps", "auto_map", "cap_pixels_per_frame"):
+        video_options.pop(name, None)
+    storms_processor = StormsProcessor(
+        processor.image_processor,
+        tokenizer,
+        StormsVideoProcessor(**video_options),
+        chat_template=CHAT_TEMPLATE.read_text(encoding="utf-8"),
+    )
+    return model.eval(), storms_processor
+
+
+def init_checkpoint(arguments: InitArguments) -> Path:
+    """Write the checkpoint folder; nothing half-written is left behind.
+
+    Raises:
+        ValueError: if not exactly one of `base` and `tiny` is given, `output` is taken, or `base` is no Qwen2.5-VL.
+    """
+    if (arguments.base is None) == (not arguments.tiny):
+        raise ValueError(
+            f"Got base={arguments.base!r} and tiny={arguments.tiny}: give exactly one of --base and --tiny."
+        )
+    output = Path(arguments.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not an empty folder. Choose another --output, or remove it.")
+    if arguments.tiny:
+        base, processor = build_tiny_base(arguments.seed)
+    else:
+        base, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            arguments.base, revision=arguments.revision, dtype="auto", output_loading_info=True
+        )
+        wrong = {
+            kind: sorted(map(str, loading[kind])) for kind in ("missing_keys", "unexpected_keys") if loading[kind]
+        }
+        if wrong:
+            raise ValueError(
+                f"{arguments.base} does not load as Qwen2.5-VL: {wrong}. Give a Qwen2.5-VL model as --base."
+            )
+        processor = AutoProcessor.from_pretrained(arguments.base, revision=arguments.revision)
+    model, processor = convert(base, processor, arguments.latent_size, arguments.seed)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = output.parent / f".{output.name}.{os.getpid()}"
+    try:
+        model.save_pretrained(staging)
+        processor.save_pretrained(staging)
+        staging.replace(output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    if arguments.push_to_hub is not None:
+        api = HfApi()
+        repo_id = api.create_repo(arguments.push_to_hub, private=arguments.private, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repo_id, folder_path=output, commit_message="STORMS checkpoint before training")
+    return output
+
+
+def main() -> None:
+    parser = HfArgumentParser(InitArguments, description=__doc__)
+    (arguments,) = parser.parse_args_into_dataclasses()
+    output = init_checkpoint(arguments)
+    size = sum(file.stat().st_size for file in output.iterdir()) / 1e6
+    print(f"Wrote {output} ({size:.1f} MB): {', '.join(sorted(file.name for file in output.iterdir()))}")
+    if arguments.push_to_hub is not None:
+        print(f"Pushed to {arguments.push_to_hub}")
+
+
+if __name__ == "__main__":
+    main()

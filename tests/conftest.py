@@ -1,0 +1,101 @@
+"""Tiny models, prompts and clips shared by all tests. Nothing is downloaded."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_storms import StormsForConditionalGeneration, StormsProcessor
+from recipes.demo import write_clip
+from recipes.init_checkpoint import build_tiny_base, convert
+
+
+REAL_CLIPS = Path(__file__).parents[2] / "shared" / "clips"
+QUESTIONS = ("Which cup moves?", "Does the red car stop before the light changes, or after two seconds?", "Why?")
+
+
+def enliven(model, factor: float = 4.0):
+    """Larger weights: at initialisation every state is nearly the same, and wrong positions or masks would not show."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data.mul_(factor) if parameter.ndim > 1 else parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="session")
+def pair():
+    """The plain class and the STORMS class with the same weights, and the processor."""
+    base, processor = build_tiny_base()
+    base = enliven(base)
+    reference = copy.deepcopy(base)
+    model, processor = convert(base, processor)
+    reference.load_state_dict(model.state_dict())  # with the latent tokens' embeddings
+    reference.generation_config = copy.deepcopy(reference.generation_config)
+    processor.tokenizer.padding_side = "left"
+    return reference, model, processor
+
+
+@pytest.fixture
+def reference(pair):
+    return pair[0]
+
+
+@pytest.fixture
+def model(pair) -> StormsForConditionalGeneration:
+    """A copy that a test may change."""
+    return copy.deepcopy(pair[1])
+
+
+@pytest.fixture(scope="session")
+def processor(pair) -> StormsProcessor:
+    return pair[2]
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory) -> Path:
+    return write_clip(tmp_path_factory.mktemp("clips") / "bounce.mp4", num_frames=24)
+
+
+@pytest.fixture
+def real_clips() -> Path:
+    if not REAL_CLIPS.is_dir():
+        pytest.skip("the folder of real clips is not beside this checkout")
+    return REAL_CLIPS
+
+
+@pytest.fixture(scope="session")
+def prompts(processor, clip):
+    """Model inputs of a batch, by kind of prompt: `prompts("video", "text")` has two rows."""
+    generator = np.random.default_rng(0)
+    image = Image.fromarray(generator.integers(0, 255, (56, 84, 3), dtype=np.uint8))
+    media = {
+        "text": [],
+        "image": [{"type": "image", "image": image}],
+        "video": [{"type": "video", "video": str(clip)}],
+        "both": [{"type": "image", "image": image}, {"type": "video", "video": str(clip)}],
+    }
+
+    def build(*kinds: str, num_frames: int = 4):
+        conversations = [
+            [{"role": "user", "content": [*media[kind], {"type": "text", "text": QUESTIONS[row % len(QUESTIONS)]}]}]
+            for row, kind in enumerate(kinds)
+        ]
+        return processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"num_frames": num_frames, "padding": True},
+        )
+
+    return build
