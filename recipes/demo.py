@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -171,8 +172,8 @@ def main() -> None:
     model_name = arguments.model
     if model_name is None:
         folder = output / "storms-tiny"
-        if not folder.exists():
-            init_checkpoint(InitArguments(output=str(folder), tiny=True))
+        shutil.rmtree(folder, ignore_errors=True)  # it holds a copy of the code, which may be an older one
+        init_checkpoint(InitArguments(output=str(folder), tiny=True))
         model_name = str(folder.resolve())
     result = answer_in_another_process(arguments, model_name, video.resolve())
     plot(result, frames, output / "latent_slots.png")

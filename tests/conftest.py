@@ -24,7 +24,7 @@ QUESTIONS = ("Which cup moves?", "Does the red car stop before the light changes
 
 
 def enliven(model, factor: float = 4.0):
-    """Larger weights: at initialisation every state is nearly the same, and wrong positions or masks would not show."""
+    """Larger weights: at initialisation all states are nearly the same, and wrong masks would not show."""
     torch.manual_seed(1)
     for parameter in model.parameters():
         parameter.data.mul_(factor) if parameter.ndim > 1 else parameter.data.add_(0.1 * torch.randn_like(parameter))
