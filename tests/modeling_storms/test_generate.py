@@ -1,6 +1,5 @@
 """`generate` against the plain class and against a reference without cache, batch or library decoding."""
 
-import copy
 import itertools
 
 import pytest
@@ -10,40 +9,17 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
     RepetitionPenaltyLogitsProcessor,
     TextIteratorStreamer,
 )
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_storms import LatentReasoningMixin
-
+from .conftest import eager_to, latent_ids, one_grid_step, same_weights
 from .reference import reference_generate, single_rows
 
 
 # Two ways to sum the same float32 products (batch or alone, cache or none) were seen to differ by up to 4e-6.
 STATE_TOLERANCE = 1e-5
-
-
-def latent_ids(model):
-    return model.latent_tokens.start, model.latent_tokens.pad, model.latent_tokens.end
-
-
-def eager_to(model, start: float | None = None, end: float | None = None, seed: int = 0):
-    """Change the output rows of latent tokens, so that an untrained model opens or closes blocks now and then."""
-    tokens, generator = model.latent_tokens, torch.Generator().manual_seed(seed)
-    for token_id, scale in ((tokens.start, start), (tokens.end, end)):
-        if scale is not None:
-            row = torch.randn(model.lm_head.weight.shape[1], generator=generator)
-            model.lm_head.weight.data[token_id] = scale * row
-    return model
-
-
-def same_weights(reference, model):
-    reference = copy.deepcopy(reference)
-    reference.load_state_dict(model.state_dict())
-    return reference
 
 
 def assert_equals_reference(model, reference, inputs, out, max_new_tokens, mode, size, **options):
@@ -63,59 +39,6 @@ def assert_equals_reference(model, reference, inputs, out, max_new_tokens, mode,
             )
         runs.append(run)
     return runs
-
-
-class TinyQwen3Storms(LatentReasoningMixin, Qwen3VLForConditionalGeneration):
-    """The mixin on a second backbone, whose vision features also enter deeper layers."""
-
-
-@pytest.fixture
-def qwen3(pair):
-    """Tiny Qwen3-VL, plain and with the mixin, same weights, vocabulary and image tokens as the first backbone."""
-    _, storms, _ = pair
-    text = storms.config.text_config
-    config = Qwen3VLConfig(
-        text_config={
-            "vocab_size": text.vocab_size,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
-            "bos_token_id": 0,
-            "eos_token_id": text.eos_token_id,
-            "pad_token_id": 0,
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "patch_size": 14,
-            "deepstack_visual_indexes": [0],
-            "num_position_embeddings": 16,
-        },
-        **{
-            name: getattr(storms.config, name)
-            for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        },
-    )
-    for name in ("latent_start_token_id", "latent_pad_token_id", "latent_end_token_id"):
-        setattr(config, name, getattr(storms.config, name))
-    torch.manual_seed(0)
-    model = TinyQwen3Storms(config).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.mul_(4)
-    model.generation_config = GenerationConfig(
-        eos_token_id=storms.generation_config.eos_token_id, pad_token_id=0, do_sample=False
-    )
-    reference = Qwen3VLForConditionalGeneration(config).eval()
-    reference.load_state_dict(model.state_dict())
-    return reference, model
 
 
 class TestOffMode:
@@ -196,38 +119,11 @@ class TestAgainstReference:
 
     def test_second_backbone_equals_cache_free_reference(self, qwen3, prompts):
         reference, model = qwen3
-        inputs = prompts("video", "text", "both")
-        inputs.pop("second_per_grid_ts")
-        # Qwen3-VL marks the time of each grid step by a placeholder run of its own; one step a video here.
-        inputs = dict(inputs.items())
-        inputs = one_grid_step(inputs, model.config)
+        inputs = one_grid_step(prompts("video", "text", "both"), model.config)
         out = model.generate(
             **inputs, max_new_tokens=10, latent_mode="force", latent_size=4, return_dict_in_generate=True
         )
         assert_equals_reference(model, reference, inputs, out, 10, "force", 4)
-
-
-def one_grid_step(inputs, config):
-    """Cut every video to its first temporal grid step, as Qwen3-VL's own processor feeds them."""
-    grids, pixels, offset = inputs["video_grid_thw"], [], 0
-    merge = config.vision_config.spatial_merge_size**2
-    keep = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
-    runs = iter(grids)
-    for row, ids in enumerate(inputs["input_ids"]):
-        places = (ids == config.video_token_id).nonzero()[:, 0]
-        if len(places):
-            grid = next(runs)
-            keep[row, places[int(grid[1:].prod()) // merge :]] = False
-    width = int(keep.sum(1).max())
-    for grid in grids:
-        pixels.append(inputs["pixel_values_videos"][offset : offset + int(grid[1:].prod())])
-        offset += int(grid.prod())
-    cut = {"pixel_values_videos": torch.cat(pixels), "video_grid_thw": grids.clone()}
-    cut["video_grid_thw"][:, 0] = 1
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
-        rows = [value[kept] for value, kept in zip(inputs[name], keep)]
-        cut[name] = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
-    return {**inputs, **cut}
 
 
 class TestStopReasons:
