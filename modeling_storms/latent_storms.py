@@ -19,9 +19,10 @@ and the cache advance by one per slot, as for a text token. Which rows are insid
 so rows of one batch may open, run and close blocks at different steps.
 
 `LatentReasoningMixin` goes in front of any transformers vision-language model that keeps its backbone in `self.model`
-and whose config names the three latent ids; it knows no backbone by name.
+and its output head in `self.lm_head`, and whose config names the three latent ids; it knows no backbone by name.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,9 @@ LATENT_MODES = ("auto", "force", "off")
 LATENT_STOPS = ("budget", "token")
 LATENT_INPUTS = ("rollout", "teacher_forced")
 STOP_SUPERVISIONS = ("none", "not_end", "pad")
+
+# Inputs that only serve to compute M-RoPE positions.
+POSITIONAL = ("mm_token_type_ids", "second_per_grid_ts")
 
 LatentIntervention = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -509,11 +513,10 @@ class LatentReasoningMixin(Backbone):
             "video_grid_thw": video_grid_thw,
             "mm_encoder_outputs": mm_encoder_outputs,
         }
-        positional = {"mm_token_type_ids": mm_token_type_ids, "second_per_grid_ts": second_per_grid_ts}
-        vision = {name: value for name, value in vision.items() if value is not None}
-        positional = {name: value for name, value in positional.items() if value is not None}
         if position_ids is None:
             _check_mm_token_type_ids(past_key_values, mm_token_type_ids, image_grid_thw, video_grid_thw)
+            vision |= dict(zip(POSITIONAL, (mm_token_type_ids, second_per_grid_ts)))
+        vision = {name: value for name, value in vision.items() if value is not None}
 
         is_slot = None
         if latent_input is None:
@@ -537,7 +540,6 @@ class LatentReasoningMixin(Backbone):
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
                 **vision,
-                **positional,
                 **kwargs,
             )
             hidden_states = outputs.last_hidden_state
@@ -552,8 +554,9 @@ class LatentReasoningMixin(Backbone):
             kept = torch.ones_like(is_slot) if attention_mask is None else attention_mask.to(is_slot)
             if position_ids is None:
                 position_ids = self._prepare_position_ids_for_generation(
-                    input_ids, {"attention_mask": kept.long(), **vision, **positional}
+                    input_ids, {"attention_mask": kept.long(), **vision}
                 )
+            vision = {name: value for name, value in vision.items() if name not in POSITIONAL}
             _check_targets(latent_targets, is_slot, self.config.get_text_config().hidden_size)
             sight = self._sight(input_ids, is_slot, latent_bottleneck)
             if latent_input == "teacher_forced":
@@ -573,47 +576,38 @@ class LatentReasoningMixin(Backbone):
 
         # 2. Logits; a slot's state is the hidden state of the position before it.
         kept_logits = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.get_output_embeddings()(hidden_states[:, kept_logits])
-        latent_states = latent_mask = None
+        logits = self.lm_head(hidden_states[:, kept_logits])
+        training: dict[str, torch.Tensor] = {}
         if is_slot is not None and is_slot.any():
-            latent_states, latent_mask = _gather_ragged(hidden_states[:, :-1], is_slot[:, 1:])
+            states, mask = _gather_ragged(hidden_states[:, :-1], is_slot[:, 1:])
+            training |= {"latent_states": states, "latent_mask": mask}
 
-        # 3. Losses.
-        lm_loss = latent_loss = stop_loss = None
+        # 3. Losses: each a mean, over the global batch where its counts are given.
         if labels is not None:
-            if is_slot is not None:
-                labels = labels.masked_fill(is_slot, -100)
-            lm_loss = self.loss_function(
+            training["lm_loss"] = training["loss"] = self.loss_function(
                 logits=logits,
-                labels=labels,
+                labels=labels if is_slot is None else labels.masked_fill(is_slot, -100),
                 vocab_size=self.config.get_text_config().vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
-        if latent_states is not None and latent_mask is not None:
-            num_slots = latent_mask.sum() if num_slots_in_batch is None else num_slots_in_batch
+        if is_slot is not None and "latent_states" in training:
+            num_slots = is_slot.sum() if num_slots_in_batch is None else num_slots_in_batch
             if latent_targets is not None:
-                latent_loss = _latent_loss(latent_states, latent_targets, latent_mask) / num_slots
-            if stop_supervision != "none" and is_slot is not None:
-                before_slot, _ = _gather_ragged(logits[:, :-1], is_slot[:, 1:])
-                stop_loss = self._stop_loss(before_slot[latent_mask], stop_supervision) / num_slots
-        if latent_loss_weight is None:
-            latent_loss_weight = getattr(self.config, "latent_loss_weight", 0.1)
-        loss: torch.Tensor | None = None
-        for term, weight in ((lm_loss, 1.0), (latent_loss, latent_loss_weight), (stop_loss, 1.0)):
-            if term is not None:
-                loss = weight * term if loss is None else loss + weight * term
+                if latent_loss_weight is None:
+                    latent_loss_weight = getattr(self.config, "latent_loss_weight", 0.1)
+                training["latent_loss"] = _latent_loss(states, latent_targets, mask) / num_slots
+                training["loss"] = training.get("loss", 0.0) + latent_loss_weight * training["latent_loss"]
+            if stop_supervision != "none":
+                before_slots = logits[:, :-1][is_slot[:, 1:]]
+                training["stop_loss"] = self._stop_loss(before_slots, stop_supervision) / num_slots
+                training["loss"] = training.get("loss", 0.0) + training["stop_loss"]
         return StormsOutput(
-            loss=loss,
-            lm_loss=lm_loss,
-            latent_loss=latent_loss,
-            stop_loss=stop_loss,
             logits=logits,
-            latent_states=latent_states,
-            latent_mask=latent_mask,
             past_key_values=outputs.past_key_values if outputs is not None else None,
             hidden_states=outputs.hidden_states if outputs is not None else None,
             attentions=outputs.attentions if outputs is not None else None,
             last_hidden_state=hidden_states[:, -1:],
+            **training,
         )
 
     def _embed(self, input_ids, is_slot, states):
@@ -834,18 +828,16 @@ class LatentReasoningMixin(Backbone):
                 beam search, assisted decoding, guidance and continuous batching.
         """
         tokens = self.latent_tokens
-        resolved, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
-        defaults = LatentOptions(latent_size=getattr(self.config, "latent_size", 8))
-        options = LatentOptions(
-            **{
-                name: next(
-                    (v for v in (model_kwargs.get(name), getattr(resolved, name, None)) if v is not None), default
-                )
-                for name, default in vars(defaults).items()
-            }
-        )
-        kwargs = {name: value for name, value in kwargs.items() if name not in vars(defaults)}
-        self._check_prompt(inputs, tokens, options, resolved, model_kwargs)
+        # A keyword wins over the generation config given, and that over the model's own.
+        sources = [kwargs, vars(generation_config or self.generation_config), vars(self.generation_config)]
+        sources.append({"latent_size": getattr(self.config, "latent_size", None)})
+        chosen: dict[str, Any] = {}
+        for name in LatentOptions.__dataclass_fields__:
+            values = [source[name] for source in sources if source.get(name) is not None]
+            chosen |= dict([(name, values[0])] if values else [])
+            kwargs.pop(name, None)
+        options = LatentOptions(**chosen)
+        self._check_prompt(inputs, tokens, options, generation_config, kwargs)
         if options.latent_mode == "off":
             suppress = SuppressLatentTokens(torch.tensor([tokens.start, tokens.pad, tokens.end], device=self.device))
             kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), suppress])
@@ -854,12 +846,13 @@ class LatentReasoningMixin(Backbone):
                 rows, hidden_size = len(outputs.sequences), self.config.get_text_config().hidden_size
                 outputs = StormsGenerateOutput(
                     **outputs,
-                    latent_states=[self.get_output_embeddings().weight.new_empty(0, hidden_size)] * rows,
+                    latent_states=[self.lm_head.weight.new_empty(0, hidden_size)] * rows,
                     latent_lengths=torch.zeros(rows, dtype=torch.long, device=outputs.sequences.device),
                     latent_stop_reasons=["none"] * rows,
                 )
             return outputs
 
+        resolved, _ = self._prepare_generation_config(generation_config, **kwargs)
         _check_decoding(resolved, kwargs, options)
         run = LatentRun(options, tokens, latent_intervention)
         if streamer is not None:
@@ -872,21 +865,24 @@ class LatentReasoningMixin(Backbone):
             **outputs, latent_states=states, latent_lengths=lengths, latent_stop_reasons=reasons
         )
 
-    def _check_prompt(self, inputs, tokens, options, generation_config, model_kwargs) -> None:
+    def _check_prompt(self, inputs, tokens, options, generation_config, kwargs) -> None:
         """Refuse prompts whose result would be silently wrong; one look at the ids per call."""
-        cache = model_kwargs.get("past_key_values")
-        if model_kwargs.get("position_ids") is None:
+        cache = kwargs.get("past_key_values")
+        if kwargs.get("position_ids") is None:
             _check_mm_token_type_ids(
-                cache, *(model_kwargs.get(k) for k in ("mm_token_type_ids", "image_grid_thw", "video_grid_thw"))
+                cache, *(kwargs.get(name) for name in ("mm_token_type_ids", "image_grid_thw", "video_grid_thw"))
             )
-        input_ids = inputs if inputs is not None else model_kwargs.get("input_ids")
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is None or input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.shape[1] == 0:
             return
-        attention_mask = model_kwargs.get("attention_mask")
+        attention_mask = kwargs.get("attention_mask")
         if attention_mask is not None:
             padded_right = attention_mask[:, -1] == 0
+        elif len(input_ids) == 1:
+            padded_right = input_ids[:, -1] == -1  # a single row has no padding
         else:
-            padded_right = input_ids[:, -1] == (-1 if len(input_ids) == 1 else _fill_token_id(generation_config))
+            resolved, _ = self._prepare_generation_config(generation_config, **kwargs)
+            padded_right = input_ids[:, -1] == _fill_token_id(resolved)
         # Blocks that a cache still holds are fine: only what has to be run again is checked.
         cached = 0 if cache is None else int(cache.get_seq_length())
         if attention_mask is not None and attention_mask.shape[1] != input_ids.shape[1]:
@@ -949,6 +945,10 @@ class LatentReasoningMixin(Backbone):
                 model_inputs["past_key_values"],
             )
         return model_inputs
+
+
+# `generate` inspects the signature of remote code's forward at every step. Kept ready, that costs a tenth.
+LatentReasoningMixin.forward.__signature__ = inspect.signature(LatentReasoningMixin.forward)
 
 
 def _fill_token_id(generation_config: GenerationConfig) -> int:

@@ -52,7 +52,9 @@ class InitArguments:
     private: bool = field(default=False, metadata={"help": "Create the Hub repository as private."})
 
 
-def build_tiny_base(seed: int = 0) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor]:
+def build_tiny_base(
+    seed: int = 0, num_hidden_layers: int = 3
+) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor]:
     """A random Qwen2.5-VL of every real part but small (0.2M weights), with a BPE tokenizer trained on the spot."""
     set_seed(seed)
     subjects = ("the ball", "the cup on the left", "the red car", "a person", "the camera")
@@ -73,7 +75,7 @@ def build_tiny_base(seed: int = 0) -> tuple[Qwen2_5_VLForConditionalGeneration, 
             "vocab_size": -(-(len(tokenizer) + 8) // 64) * 64,
             "hidden_size": 64,
             "intermediate_size": 128,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": num_hidden_layers,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 32768,
@@ -125,6 +127,8 @@ def convert(
     """
     # 1. Tokens. The released vocabularies are padded past the tokenizer's length, so rows usually exist already.
     tokenizer = processor.tokenizer
+    # Generation continues at the right end. Only what stands in init_kwargs is saved with the tokenizer.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     num_known = len(tokenizer)
     tokenizer.add_tokens([AddedToken(token, special=True) for token in LATENT_TOKENS], special_tokens=True)
     token_ids = tokenizer.convert_tokens_to_ids(list(LATENT_TOKENS))

@@ -39,8 +39,6 @@ def pair():
     reference = copy.deepcopy(base)
     model, processor = convert(base, processor)
     reference.load_state_dict(model.state_dict())  # with the latent tokens' embeddings
-    reference.generation_config = copy.deepcopy(reference.generation_config)
-    processor.tokenizer.padding_side = "left"
     return reference, model, processor
 
 

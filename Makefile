@@ -1,0 +1,34 @@
+# Each target makes its own environment (.venv) when it is missing. PYTHON picks the interpreter that makes it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Two busy OpenMP threads on few cores can be far slower than one: tests and tiny models run on one.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-all lint bench
+
+demo: $(VENV)/ready ## make demo [VIDEO=path] [MODEL=folder or Hub id] [QUESTION="..."]
+	$(BIN)/python -m recipes.demo $(if $(VIDEO),--video "$(VIDEO)") $(if $(MODEL),--model "$(MODEL)") $(if $(QUESTION),--question "$(QUESTION)")
+
+test: $(VENV)/ready ## everything but tests marked slow or gpu
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: $(VENV)/ready ## slow tests too
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+lint: $(VENV)/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/mlinter --no-progress modeling_storms
+
+bench: $(VENV)/ready ## make bench [ARGS="--help"]
+	$(BIN)/python -m speed $(ARGS)
+
+# constraints.txt pins what CI has tested; drop it with CONSTRAINTS= to try newer releases.
+CONSTRAINTS ?= -c constraints.txt
+$(VENV)/ready: pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[dev]"
+	touch $@

@@ -1,0 +1,35 @@
+"""The demo as a newcomer runs it."""
+
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+
+def run_demo(*arguments, check=True):
+    command = [sys.executable, "-m", "recipes.demo", "--num_frames", "8", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=check)
+
+
+def test_demo_answers_and_draws(tmp_path):
+    printed = run_demo("--output", tmp_path / "out").stdout
+    assert "48 frames, 4.0 s, 8 used" in printed
+    assert "loaded as transformers_modules." in printed
+    assert "8 slots, stop reason: budget" in printed
+    assert "weights are random" in printed
+    with Image.open(tmp_path / "out" / "latent_slots.png") as picture:
+        assert picture.size == (1440, 600)
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_demo_takes_any_video(tmp_path, real_clips):
+    video = real_clips / "flipping_a_pancake.mkv"
+    assert "310 frames, 10.3 s, 8 used" in run_demo("--output", tmp_path, "--video", video).stdout
+
+
+@pytest.mark.parametrize("name", ["missing.mp4", "README.md"])
+def test_demo_names_a_file_it_cannot_read(tmp_path, name):
+    done = run_demo("--output", tmp_path, "--video", name, check=False)
+    assert done.returncode != 0
+    assert f"{name}: 0 frames decoded" in done.stderr

@@ -1,0 +1,156 @@
+"""A base model becomes a STORMS checkpoint without losing or inventing a weight."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from modeling_storms import StormsForConditionalGeneration, StormsProcessor
+from recipes.init_checkpoint import InitArguments, build_tiny_base, convert, init_checkpoint
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory):
+    """A folder as Qwen publishes it: native class, native processor, generation defaults of its own."""
+    folder = tmp_path_factory.mktemp("native") / "qwen2.5-vl-tiny"
+    base, processor = build_tiny_base(seed=3)
+    base.generation_config.repetition_penalty = 1.05
+    base.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_a_native_folder_keeps_every_weight(native, tmp_path):
+    output = init_checkpoint(InitArguments(base=str(native), output=str(tmp_path / "storms")))
+    base = Qwen2_5_VLForConditionalGeneration.from_pretrained(native)
+    model, loading = StormsForConditionalGeneration.from_pretrained(output, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokens = model.latent_tokens
+    new = [tokens.start, tokens.pad, tokens.end]
+    ours, theirs = model.state_dict(), base.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        kept = torch.ones(len(weight), dtype=torch.bool)
+        if name in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
+            kept[new] = False
+        assert torch.equal(ours[name][kept], weight[kept]), name
+    assert model.get_input_embeddings().weight.shape == base.get_input_embeddings().weight.shape, "no resize needed"
+    assert model.generation_config.repetition_penalty == 1.05
+    processor = StormsProcessor.from_pretrained(output)
+    assert processor.tokenizer.convert_tokens_to_ids("<|latent_pad|>") == tokens.pad
+    assert processor.tokenizer.padding_side == "left"
+
+
+def test_weight_names_of_released_checkpoints_are_mapped(native, tmp_path):
+    """Released files name the language model `model.*` and the vision tower `visual.*`."""
+    old = tmp_path / "old-names"
+    old.mkdir()
+    for file in native.iterdir():
+        (old / file.name).write_bytes(file.read_bytes())
+    weights = load_file(native / "model.safetensors")
+    renamed = {
+        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): weight
+        for name, weight in weights.items()
+    }
+    assert any(name.startswith("visual.") for name in renamed)
+    save_file(renamed, old / "model.safetensors", metadata={"format": "pt"})
+    one = init_checkpoint(InitArguments(base=str(old), output=str(tmp_path / "from-old")))
+    other = init_checkpoint(InitArguments(base=str(native), output=str(tmp_path / "from-new")))
+    first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_new_embeddings_are_average_and_distinct():
+    base, processor = build_tiny_base()
+    num_known = len(processor.tokenizer)
+    model, _ = convert(base, processor)
+    tokens = model.latent_tokens
+    for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        mean, std = table[:num_known].mean(0), table[:num_known].std(0)
+        rows = table[[tokens.start, tokens.pad, tokens.end]]
+        assert ((rows - mean).abs() < 0.06 * std).all()
+        assert len(torch.unique(rows, dim=0)) == 3
+
+
+def test_a_full_vocabulary_is_resized():
+    base, processor = build_tiny_base()
+    base.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+    model, processor = convert(base, processor)
+    assert model.get_input_embeddings().weight.shape[0] == model.config.text_config.vocab_size
+    assert model.config.text_config.vocab_size % 64 == 0
+    assert model.lm_head.weight.shape[0] > model.latent_tokens.end
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    base, processor = build_tiny_base()
+    base.config.tie_word_embeddings = base.config.text_config.tie_word_embeddings = True
+    base.lm_head.weight = base.get_input_embeddings().weight
+    model, processor = convert(base, processor)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path / "tied")
+    loaded = StormsForConditionalGeneration.from_pretrained(tmp_path / "tied")
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_half_precision_is_kept(tmp_path):
+    base, processor = build_tiny_base()
+    base.bfloat16().save_pretrained(tmp_path / "native")
+    processor.save_pretrained(tmp_path / "native")
+    output = init_checkpoint(InitArguments(base=str(tmp_path / "native"), output=str(tmp_path / "storms")))
+    assert {weight.dtype for weight in load_file(output / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((output / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_tiny_checkpoint_is_small_and_repeats(tmp_path):
+    folders = [init_checkpoint(InitArguments(tiny=True, output=str(tmp_path / name))) for name in "ab"]
+    assert sum(file.stat().st_size for file in folders[0].iterdir()) < 5e6
+    for file in folders[0].iterdir():
+        assert file.read_bytes() == (folders[1] / file.name).read_bytes(), file.name
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("arguments", [{}, {"tiny": True, "base": "x"}])
+    def test_exactly_one_source(self, tmp_path, arguments):
+        with pytest.raises(ValueError, match="exactly one of --base and --tiny"):
+            init_checkpoint(InitArguments(output=str(tmp_path / "out"), **arguments))
+
+    def test_a_taken_output_is_left_alone(self, tmp_path):
+        (tmp_path / "notes.txt").write_text("mine")
+        with pytest.raises(ValueError, match="is not an empty folder"):
+            init_checkpoint(InitArguments(output=str(tmp_path), tiny=True))
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+
+    def test_a_base_with_missing_weights_is_refused_and_leaves_nothing(self, native, tmp_path):
+        broken = tmp_path / "broken"
+        broken.mkdir()
+        for file in native.iterdir():
+            (broken / file.name).write_bytes(file.read_bytes())
+        weights = load_file(native / "model.safetensors")
+        weights.pop("model.language_model.norm.weight", weights.pop("model.norm.weight", None))
+        save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"missing_keys.*norm"):
+            init_checkpoint(InitArguments(base=str(broken), output=str(tmp_path / "out")))
+        assert {path.name for path in tmp_path.iterdir()} == {"broken"}
+
+    def test_nothing_half_written_is_left(self, tmp_path, monkeypatch):
+        def fail(*args, **kwargs):
+            raise OSError("disk full")
+
+        monkeypatch.setattr(StormsProcessor, "save_pretrained", fail)
+        with pytest.raises(OSError, match="disk full"):
+            init_checkpoint(InitArguments(output=str(tmp_path / "out"), tiny=True))
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_help_explains_itself():
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.init_checkpoint", "--help"], capture_output=True, text=True, check=True
+    )
+    for words in ("--base", "--tiny", "--push_to_hub", "python -m recipes.init_checkpoint", "latent block"):
+        assert words in done.stdout
