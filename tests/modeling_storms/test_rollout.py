@@ -232,7 +232,7 @@ class TestGradients:
             assert (one.grad is None) == (other.grad is None), name
             if one.grad is not None:
                 worst = max(worst, float((one.grad - other.grad).norm() / other.grad.norm().clamp(min=1e-6)))
-        assert worst < 1e-4  # seen: 8e-6; dropping the cache under checkpointing gives 1.4
+        assert worst < 1e-5  # seen: 9e-7; with the cache dropped under checkpointing, as is the default: 9.2
 
     def test_checkpointing_changes_no_gradient_with_ragged_blocks(self, episode):
         model, inputs, out = episode
@@ -412,6 +412,7 @@ class TestLosses:
 
     def test_stop_losses(self, trained_kind):
         model, inputs, out = trained_kind
+        eager_to(model, end=0.4, seed=3)  # else p(end) and p(pad) are nearly equal
         batch, tokens = training_batch(model, inputs, out), model.latent_tokens
         follows = batch["input_ids"].roll(-1, 1) == tokens.pad
         output = model(**batch, latent_input="rollout")
