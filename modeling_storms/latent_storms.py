@@ -26,7 +26,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -350,24 +350,23 @@ class RolloutLayer(DynamicLayer):
     """One layer's keys and values in one segment of a rollout.
 
     `update` returns earlier and own keys and changes nothing when it is replayed, so a checkpointed layer recomputes
-    the same values; a plain DynamicCache would append a second time.
+    the same values; a plain DynamicCache would append a second time. Segments are kept apart, so that under
+    checkpointing each key is held once, not once per later segment.
     """
 
-    def __init__(self, past: tuple[torch.Tensor, torch.Tensor] | None = None):
+    def __init__(self, earlier: "RolloutLayer | None" = None):
         super().__init__()
-        self.past = past
-        self.full: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.segments: list[Any] = [] if earlier is None else [*earlier.segments, earlier.own]
+        self.own: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(self, key_states, value_states, *args, **kwargs):
-        full = (key_states, value_states)
-        if self.past is not None:
-            full = tuple(torch.cat([past, new], dim=-2) for past, new in zip(self.past, full))
-        if self.full is None:
-            self.full = full
-        return full
+        if self.own is None:
+            self.own = (key_states, value_states)
+        keys, values = zip(*self.segments, (key_states, value_states))
+        return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
 
     def get_seq_length(self) -> int:
-        return 0 if self.past is None else self.past[0].shape[-2]
+        return sum(keys.shape[-2] for keys, _ in self.segments)
 
 
 @dataclass
@@ -383,8 +382,8 @@ class RolloutLayout:
     kept: torch.Tensor  # (B, L), False for padding
     source: torch.Tensor  # (B, T), the position in each column; of room, 0
     filled: torch.Tensor  # (B, T), False for room
-    chunk_widths: list[int] = field(default_factory=list)
-    block_widths: list[int] = field(default_factory=list)
+    chunk_widths: list[int]  # columns of chunk 0, 1, ...
+    block_widths: list[int]  # columns of the block after each chunk
 
     @classmethod
     def plan(cls, is_slot: torch.Tensor, kept: torch.Tensor) -> "RolloutLayout":
@@ -550,6 +549,11 @@ class LatentReasoningMixin(Backbone):
                     f"latent_input={latent_input!r} takes whole sequences of input_ids, without past_key_values or "
                     "inputs_embeds: the slots are found by their ids."
                 )
+            if attention_mask is not None and attention_mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}, but latent_input={latent_input!r} needs "
+                    f"that of input_ids, {tuple(input_ids.shape)}: 1 for tokens, 0 for padding."
+                )
             is_slot = self._find_slots(input_ids)
             kept = torch.ones_like(is_slot) if attention_mask is None else attention_mask.to(is_slot)
             if position_ids is None:
@@ -641,11 +645,6 @@ class LatentReasoningMixin(Backbone):
         """Who is kept from the video, and what they can't see, `(batch, length)` each; None without bottleneck."""
         if latent_bottleneck is None or latent_bottleneck is False:
             return None
-        if "flash" in str(self.config.get_text_config()._attn_implementation):
-            raise ValueError(
-                "latent_bottleneck needs an attention that takes a mask of its own, but the model uses "
-                f"{self.config.get_text_config()._attn_implementation!r}. Load it with attn_implementation='sdpa'."
-            )
         rows = torch.as_tensor(latent_bottleneck, dtype=torch.bool, device=input_ids.device).expand(len(input_ids))
         is_start = input_ids == self.latent_tokens.start
         if (rows & ~is_start.any(1)).any():
@@ -656,6 +655,12 @@ class LatentReasoningMixin(Backbone):
         return self._bottleneck_sight(input_ids, is_slot, rows)
 
     def _bottleneck_sight(self, input_ids, is_slot, rows=None):
+        attention = self.config.get_text_config()._attn_implementation
+        if "flash" in str(attention):
+            raise ValueError(
+                f"latent_bottleneck needs an attention that takes a mask of its own, but this one is {attention!r}. "
+                "Load the model with attn_implementation='sdpa'."
+            )
         is_start = input_ids == self.latent_tokens.start
         is_visual = self._is_visual(input_ids)
         blind, concealed = ~(is_visual | is_start | is_slot), is_visual | is_start
@@ -758,7 +763,7 @@ class LatentReasoningMixin(Backbone):
     def _next_rollout_cache(self, cache: Cache | None) -> Cache:
         if cache is None:
             return Cache(layers=[RolloutLayer() for _ in range(self.config.get_text_config().num_hidden_layers)])
-        return Cache(layers=[RolloutLayer(layer.full) for layer in cache.layers])
+        return Cache(layers=[RolloutLayer(layer) for layer in cache.layers])
 
     @contextmanager
     def _checkpointing_with_cache(self) -> Iterator[None]:
@@ -829,13 +834,11 @@ class LatentReasoningMixin(Backbone):
         """
         tokens = self.latent_tokens
         # A keyword wins over the generation config given, and that over the model's own.
-        sources = [kwargs, vars(generation_config or self.generation_config), vars(self.generation_config)]
-        sources.append({"latent_size": getattr(self.config, "latent_size", None)})
-        chosen: dict[str, Any] = {}
+        chosen: dict[str, Any] = {"latent_size": getattr(self.config, "latent_size", LatentOptions.latent_size)}
         for name in LatentOptions.__dataclass_fields__:
-            values = [source[name] for source in sources if source.get(name) is not None]
-            chosen |= dict([(name, values[0])] if values else [])
-            kwargs.pop(name, None)
+            given = [kwargs.pop(name, None)]
+            given += [getattr(config, name, None) for config in (generation_config, self.generation_config)]
+            chosen.update((name, value) for value in reversed(given) if value is not None)
         options = LatentOptions(**chosen)
         self._check_prompt(inputs, tokens, options, generation_config, kwargs)
         if options.latent_mode == "off":
@@ -885,8 +888,8 @@ class LatentReasoningMixin(Backbone):
             padded_right = input_ids[:, -1] == _fill_token_id(resolved)
         # Blocks that a cache still holds are fine: only what has to be run again is checked.
         cached = 0 if cache is None else int(cache.get_seq_length())
-        if attention_mask is not None and attention_mask.shape[1] != input_ids.shape[1]:
-            cached = 0
+        if cached >= input_ids.shape[1] or (attention_mask is not None and attention_mask.shape != input_ids.shape):
+            cached = 0  # only the new ids were given
         latent = tokens.isin(input_ids[:, cached:])
         if options.latent_mode != "off":
             latent[:, -1] &= input_ids[:, -1] != tokens.start

@@ -1,8 +1,10 @@
 """A checkpoint pushed to a Hub answers for a stranger who knows only its name."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,12 +35,24 @@ def run(tmp_path):
         environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf")}
         environment |= {"HF_TOKEN": "hf_test", "NO_PROXY": "127.0.0.1"}
 
-        def call(*arguments):
-            return subprocess.run(
-                [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
-            )
+        def call(*arguments, cwd=None):
+            command = [sys.executable, *map(str, arguments)]
+            return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
         yield hub, call
+
+
+def test_the_readmes_first_snippet_runs_as_it_stands(run, tmp_path, clip):
+    _, call = run
+    output = tmp_path / "storms-7b"
+    assert call("-m", "recipes.init_checkpoint", "--tiny", "--output", output, "--push_to_hub", "org/storms-7b")
+    shutil.copy(clip, tmp_path / "clip.mp4")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    snippet = readme.split("```python\n")[1].split("```")[0]
+    (tmp_path / "snippet.py").write_text(snippet + "print(out.latent_lengths, out.latent_stop_reasons)\n")
+    done = call("snippet.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "tensor([8]) ['budget']" in done.stdout  # what the snippet's comments promise
 
 
 def test_a_pushed_checkpoint_loads_by_name(run, tmp_path, clip):

@@ -176,6 +176,13 @@ class TestForward:
         model.config.text_config._attn_implementation = "flash_attention_2"
         with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
             model(input_ids=ids(model, 5, "start", "pad", "end"), latent_input="rollout", latent_bottleneck=True)
+        with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+            model.generate(input_ids=ids(model, 5, 6), latent_mode="force", latent_bottleneck=True, max_new_tokens=2)
+
+    def test_an_attention_mask_of_another_shape(self, model):
+        sequence = ids(model, 5, "start", "pad", "end")
+        with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 1, 4, 4\).*needs .*\(1, 4\)"):
+            model(input_ids=sequence, attention_mask=torch.ones(1, 1, 4, 4), latent_input="rollout")
 
 
 class TestConfig:

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CompileConfig,
     GenerationConfig,
@@ -466,6 +467,53 @@ class TestIntervention:
             model.generate(
                 **prompts("text"), max_new_tokens=4, latent_mode="force", latent_intervention=lambda s, i: s[:, :3]
             )
+
+
+class HostReads(TorchDispatchMode):
+    """Counts operations that make the host wait for a value: on an accelerator each would be a synchronisation."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal.default", "unique")
+        self.count += any(name in str(func) for name in waits)
+        return func(*args, **(kwargs or {}))
+
+
+class TestHotPath:
+    @staticmethod
+    def reads_per_step(generate):
+        counts = []
+        for new_tokens in (12, 22):
+            with HostReads() as reads:
+                generate(max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+            counts.append(reads.count)
+        return (counts[1] - counts[0]) / 10
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"latent_mode": "force", "latent_size": 40},
+            {"latent_mode": "force", "latent_size": 3, "max_latent_blocks": 4},
+            {"latent_mode": "auto", "latent_stop": "token", "repetition_penalty": 1.2},
+            {"latent_mode": "force", "latent_size": 40, "do_sample": True, "latent_stop": "token"},
+            {"latent_mode": "off"},
+        ],
+    )
+    def test_no_host_read_beyond_the_librarys_own(self, model, reference, prompts, options):
+        inputs = prompts("video", "text")
+        plain = {name: value for name, value in options.items() if not name.startswith(("latent", "max_latent"))}
+        own = self.reads_per_step(lambda **kwargs: reference.generate(**inputs, **plain, **kwargs))
+        ours = self.reads_per_step(lambda **kwargs: model.generate(**inputs, **options, **kwargs))
+        assert 0 < own == ours
+
+    def test_an_intervention_is_seen_by_the_counter(self, model, prompts):
+        inputs, options = prompts("text"), {"latent_mode": "force", "latent_size": 40}
+        own = self.reads_per_step(lambda **kwargs: model.generate(**inputs, **options, **kwargs))
+        read = {"latent_intervention": lambda states, slot_index: states + float(slot_index[0])}
+        assert self.reads_per_step(lambda **kwargs: model.generate(**inputs, **options, **read, **kwargs)) > own
 
 
 class TestOptions:
