@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import Cache, GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
@@ -246,34 +246,34 @@ class LatentRun:
         return "budget" if num_slots == self.options.latent_size else "token"
 
 
-class LatentLogitsProcessor(LogitsProcessor):
-    """Wraps every other logits processor: they see the text alone, and the rules of the latent mode come last.
+class LatentProcessorList(LogitsProcessorList):
+    """`generate`'s list of logits processors, applied to the text alone and followed by the rules of the latent mode.
 
     Args:
+        processors (`LogitsProcessorList`): what `generate` would have applied.
         run (`LatentRun`): the options and ids.
-        inner (`LogitsProcessorList`): what `generate` would have applied.
         do_sample (`bool`): inside a block with `latent_stop="token"`, whether ending is drawn or is the argmax.
         fill_token_id (`int`): stands in for a latent id where a row holds no text at all.
     """
 
-    def __init__(self, run: LatentRun, inner: LogitsProcessorList, do_sample: bool, fill_token_id: int):
+    def __init__(self, processors: LogitsProcessorList, run: LatentRun, do_sample: bool, fill_token_id: int):
+        super().__init__(processors)
         self.run = run
-        self.inner = inner
         self.do_sample = do_sample
         self.fill_token_id = fill_token_id
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         run, tokens = self.run, self.run.tokens
         # 1. Where each row stands, from its ids.
         num_slots = run.num_trailing_slots(input_ids)
         is_open = (num_slots > 0) | (input_ids[:, -1] == tokens.start)
         may_open = run.num_blocks(input_ids) < run.options.max_latent_blocks
-        # 2. Outside a block no slot or end, and no start beyond the allowed blocks; suppressed before the inner
+        # 2. Outside a block no slot or end, and no start beyond the allowed blocks; suppressed before the other
         #    processors, so that top-k and top-p choose among what can be emitted, and once more after them.
         forbidden = torch.stack([~may_open & ~is_open, ~is_open, ~is_open], dim=1)
         scores = self._suppress(scores, forbidden)
-        if self.inner:
-            scores = self._suppress(self.inner(self._text_only(input_ids), scores), forbidden)
+        if self:
+            scores = self._suppress(super().__call__(self._text_only(input_ids), scores, **kwargs), forbidden)
         # 3. Inside a block only stay or end.
         end = num_slots == run.options.latent_size
         if run.options.latent_stop == "token" and not self.do_sample:
@@ -311,14 +311,19 @@ class LatentLogitsProcessor(LogitsProcessor):
         return torch.where(room, first, input_ids.gather(1, order))
 
 
-class SuppressLatentTokens(LogitsProcessor):
-    """`latent_mode="off"`: no latent id can be emitted."""
+class SuppressingProcessorList(LogitsProcessorList):
+    """`latent_mode="off"`: `generate`'s list of logits processors, applied where no latent id can be emitted.
 
-    def __init__(self, token_ids: torch.Tensor):
+    A list rather than one more processor in it: the library inspects each processor's signature at each step, which
+    takes longer than suppressing three ids.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, token_ids: torch.Tensor):
+        super().__init__(processors)
         self.token_ids = token_ids
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores.index_fill(1, self.token_ids.to(scores.device), -math.inf)
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return super().__call__(input_ids, scores.index_fill(1, self.token_ids, -math.inf), **kwargs)
 
 
 class LatentStreamer(BaseStreamer):
@@ -842,9 +847,7 @@ class LatentReasoningMixin(Backbone):
         options = LatentOptions(**chosen)
         self._check_prompt(inputs, tokens, options, generation_config, kwargs)
         if options.latent_mode == "off":
-            suppress = SuppressLatentTokens(torch.tensor([tokens.start, tokens.pad, tokens.end], device=self.device))
-            kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), suppress])
-            outputs = super().generate(inputs, generation_config, streamer=streamer, **kwargs)
+            outputs = super().generate(inputs, generation_config, streamer=streamer, latent_mode="off", **kwargs)
             if isinstance(outputs, GenerateDecoderOnlyOutput):
                 rows, hidden_size = len(outputs.sequences), self.config.get_text_config().hidden_size
                 outputs = StormsGenerateOutput(
@@ -908,16 +911,22 @@ class LatentReasoningMixin(Backbone):
             "<|latent_start|>, and not with latent_mode='off'."
         )
 
+    def _prepare_generation_config(self, generation_config, latent_mode=None, **kwargs):
+        resolved, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        resolved.latent_mode = latent_mode
+        return resolved, model_kwargs
+
     def _get_logits_processor(self, generation_config, *args, **kwargs):
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
-        run = (kwargs.get("model_kwargs") or {}).get("latent_run")
-        if run is None:
-            return processors
-        run.begin(kwargs["input_ids_seq_length"], generation_config.max_length)
-        fill_token_id = _fill_token_id(generation_config)
-        return LogitsProcessorList(
-            [LatentLogitsProcessor(run, processors, bool(generation_config.do_sample), fill_token_id)]
-        )
+        if (run := (kwargs.get("model_kwargs") or {}).get("latent_run")) is not None:
+            run.begin(kwargs["input_ids_seq_length"], generation_config.max_length)
+            fill_token_id = _fill_token_id(generation_config)
+            return LatentProcessorList(processors, run, bool(generation_config.do_sample), fill_token_id)
+        if getattr(generation_config, "latent_mode", None) == "off":
+            tokens = self.latent_tokens
+            token_ids = torch.tensor([tokens.start, tokens.pad, tokens.end], device=kwargs.get("device"))
+            return SuppressingProcessorList(processors, token_ids)
+        return processors
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)

@@ -45,24 +45,68 @@ def test_a_native_folder_keeps_every_weight(native, tmp_path):
     assert processor.tokenizer.padding_side == "left"
 
 
-def test_weight_names_of_released_checkpoints_are_mapped(native, tmp_path):
-    """Released files name the language model `model.*` and the vision tower `visual.*`."""
-    old = tmp_path / "old-names"
-    old.mkdir()
-    for file in native.iterdir():
-        (old / file.name).write_bytes(file.read_bytes())
-    weights = load_file(native / "model.safetensors")
-    renamed = {
-        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): weight
-        for name, weight in weights.items()
+def as_released(native, folder):
+    """The tiny base in the file layout of the released Qwen2.5-VL repositories: a flat config of before version 5,
+    old weight names, one preprocessor file for images and videos, pixel limits by their old names."""
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((native / name).read_bytes())
+    config = json.loads((native / "config.json").read_text())
+    text, vision = config.pop("text_config"), config.pop("vision_config")
+    rope = text.pop("rope_parameters")
+    for name in ("layer_types", "model_type", "attention_dropout"):
+        text.pop(name, None)
+    vision = {**vision, "in_chans": 3, "spatial_patch_size": vision["patch_size"], "model_type": "qwen2_5_vl"}
+    for name in ("rope_parameters", "in_channels", "patch_size"):
+        vision.pop(name, None)
+    flat = {**config, **text, "vision_config": vision, "torch_dtype": "float32", "vision_token_id": 410}
+    flat |= {"rope_theta": rope["rope_theta"], "transformers_version": "4.41.2"}
+    flat |= {"rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]}, "sliding_window": 32768}
+    (folder / "config.json").write_text(json.dumps(flat))
+    preprocessor = {"min_pixels": 3136, "max_pixels": 4704, "patch_size": 14, "temporal_patch_size": 2}
+    preprocessor |= {
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
     }
-    assert any(name.startswith("visual.") for name in renamed)
-    save_file(renamed, old / "model.safetensors", metadata={"format": "pt"})
-    one = init_checkpoint(InitArguments(base=str(old), output=str(tmp_path / "from-old")))
-    other = init_checkpoint(InitArguments(base=str(native), output=str(tmp_path / "from-new")))
+    preprocessor |= {"merge_size": 2, "image_processor_type": "Qwen2VLImageProcessor"}
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({**preprocessor, "processor_class": "Qwen2_5_VLProcessor"})
+    )
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 'their own' }}"}))
+    generation = {"bos_token_id": 0, "pad_token_id": 0, "do_sample": True, "eos_token_id": [401, 0]}
+    generation |= {"repetition_penalty": 1.05, "temperature": 1e-6, "transformers_version": "4.49.0"}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    weights = {
+        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): weight
+        for name, weight in load_file(native / "model.safetensors").items()
+    }
+    assert any(name.startswith("visual.") for name in weights)
+    assert any(name.startswith("model.layers.") for name in weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_folder_as_released_becomes_the_same_checkpoint(native, tmp_path, clip):
+    released = as_released(native, tmp_path / "released")
+    one = init_checkpoint(InitArguments(base=str(released), output=str(tmp_path / "from-released")))
+    other = init_checkpoint(InitArguments(base=str(native), output=str(tmp_path / "from-native")))
     first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+    options = json.loads((one / "generation_config.json").read_text())
+    assert (options["repetition_penalty"], options["temperature"], options["latent_mode"]) == (1.05, 1e-6, "auto")
+    messages = [{"role": "user", "content": [{"type": "video", "video": str(clip)}, {"type": "text", "text": "Why?"}]}]
+    results = []
+    for folder in (one, other):
+        model = StormsForConditionalGeneration.from_pretrained(folder).eval()
+        processor = StormsProcessor.from_pretrained(folder)
+        inputs = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        assert int(inputs["video_grid_thw"][0, 0]) == 12  # all 24 frames, fewer than the default of 32
+        out = model.generate(**inputs, max_new_tokens=12, latent_mode="force", do_sample=False, repetition_penalty=1.0)
+        results.append((inputs["input_ids"].tolist(), inputs["pixel_values_videos"].sum(), out.tolist()))
+    assert results[0] == results[1]
 
 
 def test_new_embeddings_are_average_and_distinct():
