@@ -13,6 +13,7 @@
 # limitations under the License.
 """Processor of STORMS: Qwen2.5-VL's, with videos decoded by decord and latent tokens kept out of decoded text."""
 
+from os import PathLike, fspath
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,18 @@ from .video_storms import decode_video, fps_frame_indices, uniform_frame_indices
 logger = logging.get_logger(__name__)
 
 LATENT_TOKENS = ("<|latent_start|>", "<|latent_pad|>", "<|latent_end|>")
+
+
+def _with_paths_as_text(videos: Any) -> Any:
+    """`videos`, nested as it is, with paths as text: the library silently drops what is neither text nor frames."""
+    if isinstance(videos, PathLike):
+        return fspath(videos)
+    if isinstance(videos, bytes):
+        raise ValueError(
+            "A video was given as bytes. Decode it first: frames, metadata = decode_video(data, ...), and pass "
+            "frames as the video and video_metadata=[metadata]."
+        )
+    return [_with_paths_as_text(video) for video in videos] if isinstance(videos, (list, tuple)) else videos
 
 
 # trf-ignore: TRF057 (documented by hand: the decorator knows only the library's own models)
@@ -44,7 +57,7 @@ class StormsVideoProcessor(Qwen2VLVideoProcessor):
     def preprocess(self, videos, **kwargs) -> BatchFeature:
         if kwargs.get("fps") is not None:
             kwargs.setdefault("num_frames", None)  # the default gives way; giving both is an error
-        return super().preprocess(videos, **kwargs)
+        return super().preprocess(_with_paths_as_text(videos), **kwargs)
 
     def sample_frames(
         self,
@@ -107,6 +120,10 @@ class StormsProcessor(Qwen2_5_VLProcessor):
             )
         self.latent_token_ids = [vocabulary[token] for token in LATENT_TOKENS]
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template, **kwargs)
+
+    # trf-ignore: TRF057 (documented by the class it extends)
+    def __call__(self, images=None, text=None, videos=None, **kwargs) -> BatchFeature:
+        return super().__call__(images=images, text=text, videos=_with_paths_as_text(videos), **kwargs)
 
     def _process_videos(self, videos, **kwargs):
         processed, replacements = super()._process_videos(videos, **kwargs)

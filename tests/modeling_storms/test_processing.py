@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_storms import StormsProcessor, StormsVideoProcessor, VideoDecodeError
+from modeling_storms import StormsProcessor, StormsVideoProcessor, VideoDecodeError, decode_video
 from recipes.init_checkpoint import build_tiny_base
 
 from .test_video import grey_clip
@@ -107,6 +107,25 @@ class TestVideos:
         assert int(inputs["video_grid_thw"][0, 0]) == 3  # the last of five frames is doubled
         assert float(inputs["second_per_grid_ts"][0]) == pytest.approx(0.2)
 
+    def test_path_objects_are_files_too(self, processor, tmp_path):
+        path = grey_clip(tmp_path / "clip.mp4", 8)
+        by_path, by_text = (encode(processor, video, num_frames=4) for video in (path, str(path)))
+        assert torch.equal(by_path["pixel_values_videos"], by_text["pixel_values_videos"])
+        assert by_path["input_ids"].tolist() == by_text["input_ids"].tolist()
+
+    def test_bytes_are_refused_with_the_way_to_pass_them(self, processor, tmp_path):
+        data = grey_clip(tmp_path / "clip.mp4", 8).read_bytes()
+        with pytest.raises(ValueError, match="decode_video"):
+            encode(processor, data)
+        frames, metadata = decode_video(data, lambda metadata: [0, 2, 4, 6])
+        text = "<|vision_start|><|video_pad|><|vision_end|>"
+        inputs = processor(
+            text=[text], videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
+        )
+        by_file = encode(processor, str(tmp_path / "clip.mp4"), num_frames=4)
+        assert torch.equal(inputs["pixel_values_videos"], by_file["pixel_values_videos"])
+        assert float(inputs["second_per_grid_ts"][0]) == float(by_file["second_per_grid_ts"][0])
+
     def test_a_single_frame_works(self, processor, tmp_path):
         inputs = encode(processor, str(grey_clip(tmp_path / "clip.mp4", 1)), fps=2)
         assert inputs["video_grid_thw"][0, 0] == 1
@@ -131,8 +150,6 @@ class TestVideos:
             encode(processor, str(grey_clip(tmp_path / "clip.mp4", 8)), **options)
 
     def test_pixels_equal_the_library_processor_on_the_same_frames(self, processor, tmp_path):
-        from modeling_storms import decode_video
-
         path = grey_clip(tmp_path / "clip.mp4", 8)
         _, native = build_tiny_base()
         frames, metadata = decode_video(path)
