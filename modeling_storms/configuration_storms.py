@@ -35,7 +35,7 @@ class StormsConfig(Qwen2_5_VLConfig):
     Args:
         latent_start_token_id, latent_pad_token_id, latent_end_token_id (`int`, *optional*):
             Vocabulary ids of `<|latent_start|>`, `<|latent_pad|>` and `<|latent_end|>`, read from the tokenizer by
-            `recipes/init_checkpoint.py`. Without them a model works only as its plain backbone.
+            `recipes/init_checkpoint.py`. Without them only `forward` without latent blocks works.
         latent_size (`int`, *optional*, defaults to 8):
             K, the number of slots of a latent block in training. Checkpoints copy it into `generation_config.json`.
         latent_loss_weight (`float`, *optional*, defaults to 0.1):

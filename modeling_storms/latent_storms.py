@@ -69,7 +69,7 @@ class StormsOutput(ModelOutput):
         latent_mask (`torch.BoolTensor` of shape `(batch, max_slots)`): which of them exist.
         past_key_values (`Cache`, *optional*): None after a rollout, whose cache is laid out for training.
         hidden_states, attentions (`tuple`, *optional*): as in transformers; not available from a rollout.
-        last_hidden_state (`torch.Tensor` of shape `(batch, 1, hidden_size)`): post-norm state of the last position,
+        latent_feedback (`torch.Tensor` of shape `(batch, 1, hidden_size)`): post-norm state of the last position,
             what `generate` feeds to the next slot.
     """
 
@@ -83,7 +83,7 @@ class StormsOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-    last_hidden_state: torch.Tensor | None = None
+    latent_feedback: torch.Tensor | None = None
 
 
 @dataclass
@@ -266,7 +266,7 @@ class LatentProcessorList(LogitsProcessorList):
         run, tokens = self.run, self.run.tokens
         # 1. Where each row stands, from its ids.
         num_slots = run.num_trailing_slots(input_ids)
-        is_open = (num_slots > 0) | (input_ids[:, -1] == tokens.start)
+        is_open = (num_slots > 0) | (input_ids[:, -1:] == tokens.start).any(1)  # no ids yet after inputs_embeds
         may_open = run.num_blocks(input_ids) < run.options.max_latent_blocks
         # 2. Outside a block no slot or end, and no start beyond the allowed blocks; suppressed before the other
         #    processors, so that top-k and top-p choose among what can be emitted, and once more after them.
@@ -524,17 +524,18 @@ class LatentReasoningMixin(Backbone):
 
         is_slot = None
         if latent_input is None:
-            # 1a. The plain backbone; in a decoding step, slots get their state instead of an embedding. Whether a
-            #     prompt holds slots is checked by `generate`, once; here a cache means that it was.
+            # 1a. The plain backbone; in a decoding step, slots get their state instead of an embedding.
             if latent_bottleneck is not None or latent_targets is not None or stop_supervision != "none":
                 raise ValueError(
                     "latent_targets, latent_bottleneck and stop_supervision need latent_input='teacher_forced' or "
                     "'rollout', but latent_input is None."
                 )
             if latent_feedback is not None:
-                inputs_embeds = self._embed(input_ids, input_ids == self.latent_tokens.pad, latent_feedback)
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+                is_fed = torch.eq(input_ids, self.latent_tokens.pad)[..., None]
+                inputs_embeds = torch.where(is_fed, latent_feedback.to(inputs_embeds), inputs_embeds)
                 input_ids = None
-            elif past_key_values is None and input_ids is not None:
+            elif input_ids is not None and _is_prompt(input_ids, past_key_values):
                 self._refuse_slots(input_ids)
             outputs = self.model(
                 input_ids=input_ids,
@@ -569,7 +570,7 @@ class LatentReasoningMixin(Backbone):
             _check_targets(latent_targets, is_slot, self.config.get_text_config().hidden_size)
             sight = self._sight(input_ids, is_slot, latent_bottleneck)
             if latent_input == "teacher_forced":
-                if latent_targets is None:
+                if latent_targets is None and is_slot.any():
                     raise ValueError(
                         "latent_input='teacher_forced' fills the slots with latent_targets, but got none."
                     )
@@ -592,6 +593,8 @@ class LatentReasoningMixin(Backbone):
             training |= {"latent_states": states, "latent_mask": mask}
 
         # 3. Losses: each a mean, over the global batch where its counts are given.
+        if num_items_in_batch is not None and isinstance(is_slot, torch.Tensor):
+            self._check_counts(labels, is_slot, num_slots_in_batch, latent_targets, stop_supervision)
         if labels is not None:
             training["lm_loss"] = training["loss"] = self.loss_function(
                 logits=logits,
@@ -607,6 +610,8 @@ class LatentReasoningMixin(Backbone):
                 training["latent_loss"] = _latent_loss(states, latent_targets, mask) / num_slots
                 training["loss"] = training.get("loss", 0.0) + latent_loss_weight * training["latent_loss"]
             if stop_supervision != "none":
+                if logits.shape[1] != is_slot.shape[1]:
+                    raise ValueError("stop_supervision needs the logits of all positions: leave logits_to_keep at 0.")
                 before_slots = logits[:, :-1][is_slot[:, 1:]]
                 training["stop_loss"] = self._stop_loss(before_slots, stop_supervision) / num_slots
                 training["loss"] = training.get("loss", 0.0) + training["stop_loss"]
@@ -615,14 +620,23 @@ class LatentReasoningMixin(Backbone):
             past_key_values=outputs.past_key_values if outputs is not None else None,
             hidden_states=outputs.hidden_states if outputs is not None else None,
             attentions=outputs.attentions if outputs is not None else None,
-            last_hidden_state=hidden_states[:, -1:],
+            latent_feedback=hidden_states[:, -1:],
             **training,
         )
 
-    def _embed(self, input_ids, is_slot, states):
-        """Token embeddings with `states` in the slots."""
-        embeds = self.get_input_embeddings()(input_ids)
-        return torch.where(is_slot[..., None], states.to(embeds), embeds)
+    @staticmethod
+    def _check_counts(labels, is_slot, num_slots_in_batch, latent_targets, stop_supervision) -> None:
+        """Counts over the global batch must count what the losses average, or losses scale with accumulation."""
+        if num_slots_in_batch is None and (latent_targets is not None or stop_supervision != "none"):
+            raise ValueError(
+                "num_items_in_batch was given without num_slots_in_batch: lm_loss would be divided over the global "
+                "batch, the losses of slots only over this one. Count the slots of the global batch too."
+            )
+        if labels is not None and (labels[is_slot] != -100).any():
+            raise ValueError(
+                "labels hold token labels at latent slots, which are not trained as tokens, so num_items_in_batch "
+                "counts too many. Set them to -100; stop_supervision trains the stay-or-end decision."
+            )
 
     def _refuse_slots(self, input_ids: torch.Tensor) -> None:
         pad_id = getattr(self.config, "latent_pad_token_id", None)
@@ -651,11 +665,10 @@ class LatentReasoningMixin(Backbone):
         if latent_bottleneck is None or latent_bottleneck is False:
             return None
         rows = torch.as_tensor(latent_bottleneck, dtype=torch.bool, device=input_ids.device).expand(len(input_ids))
-        is_start = input_ids == self.latent_tokens.start
-        if (rows & ~is_start.any(1)).any():
+        if (without := rows & ~is_slot.any(1)).any():
             raise ValueError(
-                f"latent_bottleneck is set for rows {(rows & ~is_start.any(1)).nonzero()[:, 0].tolist()}, which have "
-                "no latent block: their answers would not see the video at all."
+                f"latent_bottleneck is set for rows {without.nonzero()[:, 0].tolist()}, which have no latent slots: "
+                "their answers would not see the video at all."
             )
         return self._bottleneck_sight(input_ids, is_slot, rows)
 
@@ -679,35 +692,44 @@ class LatentReasoningMixin(Backbone):
                 is_visual = is_visual | (input_ids == token_id)
         return is_visual
 
-    def _attention_mask(self, kept, sight, shape_like, past_key_values):
+    def _attention_mask(self, kept, sight, input_ids, past_key_values):
         """The 2D mask, or under a bottleneck the masks the backbone's layers would build, with the overlay."""
         if sight is None:
             return kept.long()
         blind, concealed = sight
-        length = shape_like.shape[1]
+        length = input_ids.shape[1]
         if past_key_values is not None:
             length = past_key_values.get_mask_sizes(length, 0)[0]
         if (room := length - blind.shape[1]) > 0:  # a static cache has keys not yet written
             blind, concealed = (torch.nn.functional.pad(mask, (0, room)) for mask in (blind, concealed))
         return create_masks_for_generate(
             config=self.config,
-            inputs_embeds=shape_like,
+            inputs_embeds=torch.empty(*input_ids.shape, 0, dtype=self.dtype, device=kept.device),  # shape and type
             attention_mask=kept,
             past_key_values=past_key_values,
             and_mask_function=bottleneck_overlay(blind, concealed),
         )
 
     def _teacher_forced(self, input_ids, kept, position_ids, is_slot, latent_targets, sight, **kwargs):
-        slot_idx = (is_slot.cumsum(1) - 1).clamp(min=0)
-        states = latent_targets.gather(1, slot_idx[..., None].expand(-1, -1, latent_targets.shape[-1]))
-        embeds = self._embed(input_ids, is_slot, states)
-        kwargs["use_cache"] = False
-        return self.model(
-            inputs_embeds=embeds,
-            position_ids=position_ids,
-            attention_mask=self._attention_mask(kept, sight, embeds, None),
-            **kwargs,
-        )
+        """One pass with `latent_targets` in the slots, put there as the embedding layer returns: the model still
+        finds its placeholders by their ids."""
+
+        def fill(module, args, embeds):
+            slot_idx = (is_slot.cumsum(1) - 1).clamp(min=0)[..., None].expand_as(embeds)
+            return torch.where(is_slot[..., None], latent_targets.to(embeds).gather(1, slot_idx), embeds)
+
+        hook = self.get_input_embeddings().register_forward_hook(fill) if is_slot.any() else None
+        try:
+            kwargs["use_cache"] = False
+            return self.model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=self._attention_mask(kept, sight, input_ids, None),
+                **kwargs,
+            )
+        finally:
+            if hook is not None:
+                hook.remove()
 
     def _rollout(self, input_ids, kept, position_ids, is_slot, sight, vision, kwargs) -> torch.Tensor:
         """Post-norm hidden states `(batch, length, hidden_size)`, slots fed by the states before them; zeros at
@@ -741,11 +763,10 @@ class LatentReasoningMixin(Backbone):
         def advance(width: int, **inputs: Any) -> None:
             nonlocal cache, column
             span, column = slice(column, column + width), column + width
-            shape_like = ids[:, span, None] if "input_ids" in inputs else inputs["inputs_embeds"]
             outputs = self.model(
                 **inputs,
                 position_ids=positions[..., span],
-                attention_mask=self._attention_mask(seen[:, :column], sight, shape_like.to(self.dtype), cache),
+                attention_mask=self._attention_mask(seen[:, :column], sight, ids[:, span], cache),
                 past_key_values=cache,
                 use_cache=False,
                 **kwargs,
@@ -860,6 +881,11 @@ class LatentReasoningMixin(Backbone):
 
         resolved, _ = self._prepare_generation_config(generation_config, **kwargs)
         _check_decoding(resolved, kwargs, options)
+        if self.training and self.is_gradient_checkpointing:
+            raise ValueError(
+                f"latent_mode={options.latent_mode!r} with activation checkpointing in training mode would decode "
+                "without a cache, so without the slots. Call model.eval() first."
+            )
         run = LatentRun(options, tokens, latent_intervention)
         if streamer is not None:
             streamer = LatentStreamer(streamer, tokens, _fill_token_id(resolved))
@@ -882,13 +908,13 @@ class LatentReasoningMixin(Backbone):
         if input_ids is None or input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.shape[1] == 0:
             return
         attention_mask = kwargs.get("attention_mask")
+        padded_right = torch.zeros_like(input_ids[:, -1], dtype=torch.bool)
         if attention_mask is not None:
             padded_right = attention_mask[:, -1] == 0
-        elif len(input_ids) == 1:
-            padded_right = input_ids[:, -1] == -1  # a single row has no padding
-        else:
+        elif len(input_ids) > 1:
             resolved, _ = self._prepare_generation_config(generation_config, **kwargs)
-            padded_right = input_ids[:, -1] == _fill_token_id(resolved)
+            if resolved.pad_token_id is not None:
+                padded_right = input_ids[:, -1] == resolved.pad_token_id
         # Blocks that a cache still holds are fine: only what has to be run again is checked.
         cached = 0 if cache is None else int(cache.get_seq_length())
         if cached >= input_ids.shape[1] or (attention_mask is not None and attention_mask.shape != input_ids.shape):
@@ -928,11 +954,17 @@ class LatentReasoningMixin(Backbone):
             return SuppressingProcessorList(processors, token_ids)
         return processors
 
+    def init_continuous_batching(self, *args, **kwargs):
+        raise ValueError(
+            "Continuous batching (`generate_batch`) feeds token ids only: no pixels, no states for latent slots. Use "
+            "`generate` with a batch."
+        )
+
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if (run := model_kwargs.get("latent_run")) is not None:
             # A copy: a view would keep the whole prefill alive, and a captured graph overwrites its outputs.
-            run.feedback = outputs.last_hidden_state.clone()
+            run.feedback = outputs.latent_feedback.clone()
         return model_kwargs
 
     def prepare_inputs_for_generation(
@@ -949,11 +981,10 @@ class LatentReasoningMixin(Backbone):
             blind, concealed = self._bottleneck_sight(input_ids, input_ids == latent_run.tokens.pad)
             attention_mask = kwargs.get("attention_mask")
             kept = torch.ones_like(blind) if attention_mask is None else attention_mask.bool()
-            shape_like = torch.empty(*model_inputs["input_ids"].shape, 0, dtype=self.dtype, device=self.device)
             model_inputs["attention_mask"] = self._attention_mask(
                 kept.to(self.device),
                 (blind.to(self.device), concealed.to(self.device)),
-                shape_like,
+                model_inputs["input_ids"],
                 model_inputs["past_key_values"],
             )
         return model_inputs
@@ -961,6 +992,13 @@ class LatentReasoningMixin(Backbone):
 
 # `generate` inspects the signature of remote code's forward at every step. Kept ready, that costs a tenth.
 LatentReasoningMixin.forward.__signature__ = inspect.signature(LatentReasoningMixin.forward)
+
+
+def _is_prompt(input_ids: torch.Tensor, past_key_values: Cache | None) -> bool:
+    """Whether nothing was cached before; a decoding step is told by its width, without asking the device."""
+    if past_key_values is None:
+        return True
+    return input_ids.shape[1] > 1 and not torch.compiler.is_compiling() and int(past_key_values.get_seq_length()) == 0
 
 
 def _fill_token_id(generation_config: GenerationConfig) -> int:

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Processor of STORMS: Qwen2.5-VL's, with videos decoded by decord and latent tokens kept out of decoded text."""
 
+from numbers import Integral
 from os import PathLike, fspath
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from transformers import BatchFeature, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
 from transformers.utils import logging
-from transformers.video_utils import VideoMetadata
+from transformers.video_utils import VideoMetadata, make_batched_metadata, make_batched_videos
 
 from .video_storms import decode_video, fps_frame_indices, uniform_frame_indices
 
@@ -55,8 +56,11 @@ class StormsVideoProcessor(Qwen2VLVideoProcessor):
     cap_pixels_per_frame = True
 
     def preprocess(self, videos, **kwargs) -> BatchFeature:
-        if kwargs.get("fps") is not None:
-            kwargs.setdefault("num_frames", None)  # the default gives way; giving both is an error
+        # What is asked for displaces the other one's default; asking for both is an error.
+        if kwargs.get("num_frames") is not None:
+            kwargs.setdefault("fps", None)
+        elif kwargs.get("fps") is not None or self.fps is not None:
+            kwargs.setdefault("num_frames", None)
         return super().preprocess(_with_paths_as_text(videos), **kwargs)
 
     def sample_frames(
@@ -94,6 +98,22 @@ class StormsVideoProcessor(Qwen2VLVideoProcessor):
             )
         return fps_frame_indices(total, metadata.fps, fps or 0.0, max_frames or self.max_frames)
 
+    def _decode_and_sample_videos(self, videos, video_metadata, do_sample_frames=None, sample_indices_fn=None):
+        videos = make_batched_videos(videos)
+        if len({isinstance(video, str) for video in videos}) > 1:
+            raise ValueError("A batch mixes videos given as files and as frames. Pass all of them in one way.")
+        if video_metadata is not None and not isinstance(videos[0], str):
+            for index, metadata in enumerate(make_batched_metadata(videos, video_metadata)):
+                indices = None if do_sample_frames else metadata.frames_indices
+                described = metadata.total_num_frames if indices is None else len(indices)
+                if described != len(videos[index]):
+                    raise ValueError(
+                        f"Video {index} has {len(videos[index])} frames, but its video_metadata describes "
+                        f"{described}. Give total_num_frames, or, for frames already sampled, frames_indices and "
+                        "do_sample_frames=False."
+                    )
+        return super()._decode_and_sample_videos(videos, video_metadata, do_sample_frames, sample_indices_fn)
+
     def fetch_videos(self, video_url_or_urls, sample_indices_fn=None):
         if isinstance(video_url_or_urls, list):
             return list(zip(*[self.fetch_videos(video, sample_indices_fn) for video in video_url_or_urls]))
@@ -128,7 +148,7 @@ class StormsProcessor(Qwen2_5_VLProcessor):
     def _process_videos(self, videos, **kwargs):
         processed, replacements = super()._process_videos(videos, **kwargs)
         for index, metadata in enumerate(processed["video_metadata"]):
-            if metadata.fps is None:
+            if not metadata.fps:
                 raise ValueError(
                     f"Video {index} was given as frames without its fps, so the times of its frames are unknown. Pass "
                     "a file, or video_metadata=[{'fps': ..., 'total_num_frames': ...}]."
@@ -139,8 +159,10 @@ class StormsProcessor(Qwen2_5_VLProcessor):
         """`tokenizer.batch_decode` without latent tokens, whatever `skip_special_tokens` says."""
         return self.tokenizer.batch_decode([self._without_latents(row) for row in sequences], *args, **kwargs)
 
-    def decode(self, token_ids, *args, **kwargs) -> str:
-        """`tokenizer.decode` without latent tokens, whatever `skip_special_tokens` says."""
+    def decode(self, token_ids, *args, **kwargs) -> str | list[str]:
+        """`tokenizer.decode` without latent tokens, whatever `skip_special_tokens` says; rows of ids give a list."""
+        if len(token_ids) and not isinstance(token_ids[0], Integral) and torch.as_tensor(token_ids[0]).ndim > 0:
+            return self.batch_decode(token_ids, *args, **kwargs)
         return self.tokenizer.decode(self._without_latents(token_ids), *args, **kwargs)
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:

@@ -18,6 +18,7 @@ import math
 import urllib.request
 from collections.abc import Callable
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,9 @@ def decode_video(
 ) -> tuple[np.ndarray, VideoMetadata]:
     """Decode the chosen frames of a video in any container that FFmpeg reads.
 
+    Decoding is decord's. Containers that it misreads or can't open (MPEG .ts and .mpg among them) are first put into
+    another one, which needs PyAV.
+
     Args:
         source (`str`, `PathLike` or `bytes`): a path, an `http(s)://` address, or a file's bytes.
         sample_indices_fn (`Callable`, *optional*): `(metadata=VideoMetadata) -> indices` of the frames to decode; all
@@ -77,6 +81,7 @@ def decode_video(
     Raises:
         VideoDecodeError: if the file is missing, empty, corrupt or holds no frames. Never a partial result: frames
             that stand in for missing ones would be believed.
+        ValueError: if no frame is chosen, or one the video does not have.
     """
     name = source if isinstance(source, str) else "<bytes>" if isinstance(source, bytes) else fspath(source)
     reader = _open(source, name)
@@ -87,12 +92,14 @@ def decode_video(
         video_backend="decord",
     )
     indices = np.arange(len(reader)) if sample_indices_fn is None else np.asarray(sample_indices_fn(metadata=metadata))
+    if len(indices) == 0 or indices.min() < 0 or indices.max() >= len(reader):
+        raise ValueError(f"{name}: frames {indices.tolist()} were chosen, but must be some of 0 to {len(reader) - 1}.")
     try:
         frames = reader.get_batch(indices).asnumpy()
     except Exception as error:
         # decord raises its own class on bad packets and RuntimeError elsewhere; neither says how far it got.
         raise VideoDecodeError(
-            f"{name}: only {_count_decodable(source, name)} of {len(reader)} frames decode, then the data is invalid. "
+            f"{name}: only {_count_decodable(source, name)} of {len(reader)} frames decode, then decord can't go on. "
             "Re-encode the file (ffmpeg -i IN -c:v libx264 OUT.mp4) or leave it out."
         ) from error
     metadata.frames_indices = indices.tolist()
@@ -113,20 +120,63 @@ def _open(source: VideoSource, name: str) -> Any:
             raise VideoDecodeError(
                 f"{name}: 0 frames decoded, the download failed: {error}. Check the URL."
             ) from error
+    # decord misreads MPEG streams without an error (frames lost, repeated or shifted), and can't open some containers
+    # that FFmpeg reads. Their packets, put into another container, it decodes right.
+    if _is_mpeg_stream(source):
+        source = _remux(source, name)
     try:
-        # One thread: FFmpeg's own threads make little difference at sampled frames and a lot beside data workers.
-        reader = VideoReader(
-            io.BytesIO(source) if isinstance(source, bytes) else fspath(source), cpu(0), num_threads=1
-        )
-        num_frames = len(reader)
+        reader = _read(VideoReader, cpu, source)
     except Exception as error:
-        raise VideoDecodeError(
-            f"{name}: 0 frames decoded, FFmpeg can't open it. Check that the file exists, is not empty or cut short, "
-            "and is a video."
-        ) from error
-    if num_frames == 0:
+        try:
+            reader = _read(VideoReader, cpu, _remux(source, name))
+        except Exception:
+            raise VideoDecodeError(
+                f"{name}: 0 frames decoded, it can't be opened. Check that the file exists, is not empty or cut "
+                "short, and is a video; convert animated images and raw streams (ffmpeg -i IN OUT.mp4)."
+            ) from error
+    if len(reader) == 0:
         raise VideoDecodeError(f"{name}: 0 frames decoded, the file holds no video frames. Leave it out.")
     return reader
+
+
+def _read(reader_class: Any, cpu: Any, source: VideoSource) -> Any:
+    # One thread: FFmpeg's own threads make little difference at sampled frames and a lot beside data workers.
+    return reader_class(io.BytesIO(source) if isinstance(source, bytes) else fspath(source), cpu(0), num_threads=1)
+
+
+def _is_mpeg_stream(source: VideoSource) -> bool:
+    """A transport stream (packets of 188 bytes, or 192 on discs, that begin with 0x47) or a program stream."""
+    try:
+        if isinstance(source, bytes):
+            start = source[:400]
+        else:
+            with Path(source).open("rb") as file:
+                start = file.read(400)
+    except OSError:
+        return False  # said better when the file is opened
+    if len(start) < 400:
+        return False
+    syncs = ((0, 188, 376), (4, 196, 388))
+    return start.startswith(b"\x00\x00\x01\xba") or any(all(start[at] == 0x47 for at in sync) for sync in syncs)
+
+
+def _remux(source: VideoSource, name: str) -> bytes:
+    """The first video stream's packets in a Matroska file, without decoding them."""
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError(
+            f"{name}: reading this container needs PyAV: pip install av. Or convert it: ffmpeg -i IN -c copy OUT.mp4."
+        ) from error
+    output = io.BytesIO()
+    file = io.BytesIO(source) if isinstance(source, bytes) else fspath(source)
+    with av.open(file, "r") as reader, av.open(output, "w", format="matroska") as writer:
+        stream = writer.add_stream_from_template(reader.streams.video[0])
+        for packet in reader.demux(reader.streams.video[0]):
+            if packet.dts is not None:  # the last one is empty: it only flushes a decoder
+                packet.stream = stream
+                writer.mux(packet)
+    return output.getvalue()
 
 
 def _count_decodable(source: VideoSource, name: str) -> int:

@@ -83,6 +83,8 @@ def answer(model_name: str, video: str, question: str, num_frames: int, max_new_
         features = model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True)
     steps = features.pooler_output[0].unflatten(0, (int(inputs["video_grid_thw"][0, 0]), -1)).mean(1)
     similarity = torch.cosine_similarity(out.latent_states[0][:, None].float(), steps[None].float(), dim=-1)
+    if len(similarity) == 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a slot. Give at least 10.")
     return {
         "answer": processor.decode(new_ids, skip_special_tokens=True),
         "loaded_class": f"{type(model).__module__}.{type(model).__qualname__}",
@@ -170,7 +172,9 @@ def main() -> None:
     )
     print(f"Video     {video}: {metadata.total_num_frames} frames, {metadata.duration:.1f} s, {len(frames)} used")
     model_name = arguments.model
-    if model_name is None:
+    if model_name is not None and Path(model_name).is_dir():
+        model_name = str(Path(model_name).resolve())  # the other process runs in another folder
+    elif model_name is None:
         folder = output / "storms-tiny"
         shutil.rmtree(folder, ignore_errors=True)  # it holds a copy of the code, which may be an older one
         init_checkpoint(InitArguments(output=str(folder), tiny=True))

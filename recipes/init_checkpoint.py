@@ -19,6 +19,7 @@ from transformers import (
     AutoProcessor,
     GenerationConfig,
     HfArgumentParser,
+    PreTrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -27,11 +28,14 @@ from transformers import (
     Qwen2VLVideoProcessor,
     set_seed,
 )
+from transformers.utils import logging
 
 import modeling_storms
 from modeling_storms import StormsConfig, StormsForConditionalGeneration, StormsProcessor, StormsVideoProcessor
 from modeling_storms.processing_storms import LATENT_TOKENS
 
+
+logger = logging.get_logger(__name__)
 
 CHAT_TEMPLATE = Path(modeling_storms.__file__).parent / "chat_template.jinja"
 
@@ -102,9 +106,12 @@ def build_tiny_base(
     model.generation_config = GenerationConfig(
         eos_token_id=[ids["im_end"], ids["endoftext"]], pad_token_id=ids["endoftext"], do_sample=False
     )
-    size = {"shortest_edge": 56 * 56, "longest_edge": 56 * 84}
+    image_size = {"shortest_edge": 56 * 56, "longest_edge": 84 * 84}
+    video_size = {"shortest_edge": 56 * 56, "longest_edge": 56 * 84}
     processor = Qwen2_5_VLProcessor(
-        Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(size=size, cap_pixels_per_frame=True)
+        Qwen2VLImageProcessor(size=image_size),
+        tokenizer,
+        Qwen2VLVideoProcessor(size=video_size, cap_pixels_per_frame=True),
     )
     return model, processor
 
@@ -158,7 +165,12 @@ def convert(
     model.generation_config = GenerationConfig(**{**base.generation_config.to_diff_dict(), **options})
 
     # 3. Processor. Sampling is ours (32 frames), pixels are the base model's.
+    #    A released repository has pixel limits for images only, and the library then takes them for frames of videos,
+    #    at 12.8 million pixels each: those give way to the defaults for videos.
     video_options = processor.video_processor.to_dict()
+    if video_options["size"] == processor.image_processor.to_dict()["size"]:
+        video_options.pop("size")
+        logger.warning(f"The base has no pixel limits of its own for videos; using {StormsVideoProcessor.size}.")
     for name in ("video_processor_type", "do_sample_frames", "num_frames", "fps", "auto_map", "cap_pixels_per_frame"):
         video_options.pop(name, None)
     storms_processor = StormsProcessor(
@@ -183,9 +195,15 @@ def init_checkpoint(arguments: InitArguments) -> Path:
     output = Path(arguments.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder. Choose another --output, or remove it.")
+    api = HfApi()
+    if arguments.push_to_hub is not None:  # first: a wrong token or name should not cost a conversion
+        repo_id = api.create_repo(arguments.push_to_hub, private=arguments.private, exist_ok=True).repo_id
     if arguments.tiny:
         base, processor = build_tiny_base(arguments.seed)
     else:
+        model_type = PreTrainedConfig.get_config_dict(arguments.base, revision=arguments.revision)[0].get("model_type")
+        if model_type != "qwen2_5_vl":
+            raise ValueError(f"{arguments.base} is a {model_type!r} model, but --base must be a plain Qwen2.5-VL one.")
         base, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             arguments.base, revision=arguments.revision, dtype="auto", output_loading_info=True
         )
@@ -207,8 +225,6 @@ def init_checkpoint(arguments: InitArguments) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     if arguments.push_to_hub is not None:
-        api = HfApi()
-        repo_id = api.create_repo(arguments.push_to_hub, private=arguments.private, exist_ok=True).repo_id
         api.upload_folder(repo_id=repo_id, folder_path=output, commit_message="STORMS checkpoint before training")
     return output
 

@@ -79,7 +79,7 @@ def main() -> None:
         type=int,
         nargs="+",
         default=[3, 36],
-        help="decoder layers of the narrow models; 36 are the 3B's, so its ratio can only be lower (default: 3 36)",
+        help="decoder layers of the narrow models; the 3B model has 36 (default: 3 36)",
     )
     parser.add_argument("--rounds", type=int, default=40, help="paired measurements (default: %(default)s)")
     parser.add_argument("--new_tokens", type=int, default=64, help="tokens to generate (default: %(default)s)")

@@ -56,7 +56,8 @@ def test_remote_code_files_are_flat_and_import_each_other_by_name():
                 assert "." not in module, f"{path.name}: from .{module} fails when saved"
             else:
                 top = module.split(".")[0]
-                assert top in third_party or top in sys.stdlib_module_names, f"{path.name} imports {module}"
+                lazily = third_party | ({"av"} if path.name == "video_storms.py" else set())
+                assert top in lazily or top in sys.stdlib_module_names, f"{path.name} imports {module}"
 
 
 def test_videos_are_opened_in_one_place():

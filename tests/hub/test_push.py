@@ -45,7 +45,8 @@ def run(tmp_path):
 def test_the_readmes_first_snippet_runs_as_it_stands(run, tmp_path, clip):
     _, call = run
     output = tmp_path / "storms-7b"
-    assert call("-m", "recipes.init_checkpoint", "--tiny", "--output", output, "--push_to_hub", "org/storms-7b")
+    pushed = call("-m", "recipes.init_checkpoint", "--tiny", "--output", output, "--push_to_hub", "org/storms-7b")
+    assert pushed.returncode == 0, pushed.stderr
     shutil.copy(clip, tmp_path / "clip.mp4")
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     snippet = readme.split("```python\n")[1].split("```")[0]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessorList
 
 from modeling_storms import StormsConfig, StormsForConditionalGeneration
 from modeling_storms.latent_storms import LatentOptions
@@ -93,6 +93,20 @@ class TestGenerate:
         with pytest.raises(ValueError, match=named):
             model.generate(**prompts("text"), max_new_tokens=3, **options)
 
+    @pytest.mark.parametrize("mode", ["auto", "force", "off"])
+    def test_continuous_batching(self, model, mode):
+        model.generation_config.latent_mode = mode
+        with pytest.raises(ValueError, match="Continuous batching"):
+            model.generate_batch([[5, 6, 7]], max_new_tokens=3)
+
+    def test_training_mode_with_checkpointing(self, model, prompts):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        with pytest.raises(ValueError, match=r"Call model\.eval\(\) first"):
+            model.generate(**prompts("text"), max_new_tokens=3, latent_mode="force")
+        model.eval()
+        assert model.generate(**prompts("text"), max_new_tokens=3, latent_mode="force") is not None
+
     def test_misspelt_options_are_not_swallowed(self, model, prompts):
         with pytest.raises(ValueError, match="latent_sizes"):
             model.generate(**prompts("text"), max_new_tokens=3, latent_sizes=4)
@@ -114,6 +128,26 @@ class TestForward:
     def test_slots_without_latent_input(self, model):
         with pytest.raises(ValueError, match=r"Rows \[0\] .*latent_input='rollout'"):
             model(input_ids=ids(model, 5, "start", "pad", "end", 6))
+
+    def test_slots_with_an_empty_cache_and_without_latent_input(self, model):
+        with pytest.raises(ValueError, match="nothing would fill them"):
+            model(input_ids=ids(model, 5, "start", "pad", "end", 6), past_key_values=DynamicCache())
+
+    def test_counts_that_would_scale_losses_with_accumulation(self, model):
+        sequence = ids(model, 5, "start", "pad", "pad", "end", 6)
+        labels = sequence.masked_fill(sequence == model.latent_tokens.pad, -100)
+        kwargs = {"input_ids": sequence, "latent_input": "rollout", "num_items_in_batch": 8}
+        for option in ({"latent_targets": torch.zeros(1, 2, 64)}, {"stop_supervision": "pad"}):
+            with pytest.raises(ValueError, match="num_slots_in_batch"):
+                model(**kwargs, labels=labels, **option)
+        with pytest.raises(ValueError, match="labels hold token labels at latent slots"):
+            model(**kwargs, labels=sequence)
+        assert model(**kwargs, labels=labels).loss > 0
+
+    def test_stop_supervision_of_logits_not_computed(self, model):
+        sequence = ids(model, 5, "start", "pad", "end", 6)
+        with pytest.raises(ValueError, match="leave logits_to_keep at 0"):
+            model(input_ids=sequence, latent_input="rollout", stop_supervision="pad", logits_to_keep=1)
 
     @pytest.mark.parametrize("shape", [(1, 1, 64), (1, 3, 64), (1, 2, 32), (2, 2, 64), (2, 64)])
     @pytest.mark.parametrize("latent_input", ["rollout", "teacher_forced"])
@@ -169,8 +203,9 @@ class TestForward:
             model(input_ids=ids(model, 5, "start", "pad", "end"), latent_input="rollout", output_hidden_states=True)
 
     def test_a_bottleneck_without_a_block(self, model):
-        with pytest.raises(ValueError, match=r"rows \[0\].*no latent block"):
-            model(input_ids=ids(model, 5, 6), latent_input="rollout", latent_bottleneck=True)
+        for parts in ((5, 6), (5, "start", "end", 6)):
+            with pytest.raises(ValueError, match=r"rows \[0\].*no latent slots"):
+                model(input_ids=ids(model, *parts), latent_input="rollout", latent_bottleneck=True)
 
     def test_a_bottleneck_with_flash_attention(self, model):
         model.config.text_config._attn_implementation = "flash_attention_2"

@@ -470,7 +470,9 @@ class TestIntervention:
 
 
 class HostReads(TorchDispatchMode):
-    """Counts operations that make the host wait for a value: on an accelerator each would be a synchronisation."""
+    """Counts what makes the host wait for a value: on an accelerator each would be a synchronisation."""
+
+    METHODS = ("tolist", "cpu", "numpy")
 
     def __init__(self):
         super().__init__()
@@ -479,7 +481,45 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal.default", "unique")
         self.count += any(name in str(func) for name in waits)
+        if "aten.index" in str(func) and isinstance(args[1], (list, tuple)):  # a mask's size is read on the host
+            self.count += any(index is not None and index.dtype == torch.bool for index in args[1])
         return func(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self.patch = pytest.MonkeyPatch()
+        for name in self.METHODS:
+            self.patch.setattr(torch.Tensor, name, self.counting(getattr(torch.Tensor, name)))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.undo()
+        return super().__exit__(*error)
+
+    def counting(self, method):
+        def counted(*args, **kwargs):
+            self.count += 1
+            return method(*args, **kwargs)
+
+        return counted
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x[0].item(),
+        lambda x: bool(x[0] > 0),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.numpy(),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.masked_select(x > 0),
+    ],
+)
+def test_the_counter_sees_every_kind_of_host_read(read):
+    with HostReads() as reads:
+        read(torch.ones(3))
+    assert reads.count >= 1
 
 
 class TestHotPath:
@@ -514,6 +554,16 @@ class TestHotPath:
         own = self.reads_per_step(lambda **kwargs: model.generate(**inputs, **options, **kwargs))
         read = {"latent_intervention": lambda states, slot_index: states + float(slot_index[0])}
         assert self.reads_per_step(lambda **kwargs: model.generate(**inputs, **options, **read, **kwargs)) > own
+
+
+def test_embeddings_without_ids_decode_like_the_ids(model, prompts):
+    inputs = prompts("text")
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    for options in ({"latent_mode": "force"}, {"latent_mode": "auto"}, {"latent_mode": "off"}):
+        options |= {"max_new_tokens": 9, "latent_size": 3, "repetition_penalty": 1.0}
+        by_ids = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+        by_embeds = model.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **options)
+        assert by_embeds.tolist() == by_ids.tolist()
 
 
 class TestOptions:

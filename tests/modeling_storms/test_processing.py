@@ -60,6 +60,16 @@ class TestChatTemplate:
         covered = [i for i, inside in zip(encoded["input_ids"], encoded["assistant_masks"]) if inside]
         assert processor.tokenizer.decode(covered) == "the ball rolls.<|im_end|>"
 
+    def test_keys_that_a_dataset_filled_with_none_do_not_count(self, processor):
+        parts = [
+            {"type": "text", "text": "hi", "image": None, "video": None},
+            {"type": "video", "text": None, "image": None, "video": "v.mp4"},
+            {"image": "x.png", "video": None},
+        ]
+        plain = [{"type": "text", "text": "hi"}, {"type": "video"}, {"type": "image"}]
+        rendered = [processor.apply_chat_template([{"role": "user", "content": c}]) for c in (parts, plain)]
+        assert rendered[0] == rendered[1] == qwen_format([{"role": "user", "content": plain}], False)
+
     def test_an_unknown_part_is_an_error(self, processor):
         with pytest.raises(Exception, match="must be text, image or video"):
             processor.apply_chat_template([{"role": "user", "content": [{"type": "smell"}]}])
@@ -144,6 +154,48 @@ class TestVideos:
         inputs = processor(text=[text], videos=[frames], num_frames=4, video_metadata=metadata, return_tensors="pt")
         assert float(inputs["second_per_grid_ts"][0]) == pytest.approx(1.0)
 
+    @pytest.mark.parametrize(
+        ("metadata", "options"),
+        [
+            ({"fps": 30.0, "total_num_frames": 240}, {"do_sample_frames": False}),
+            ({"fps": 30.0, "total_num_frames": 240}, {"num_frames": 4}),
+            ({"fps": 30.0, "total_num_frames": 240, "frames_indices": [0, 1, 2]}, {"do_sample_frames": False}),
+        ],
+    )
+    def test_metadata_of_other_frames_is_an_error(self, processor, metadata, options):
+        frames = np.zeros((8, 56, 56, 3), dtype=np.uint8)
+        with pytest.raises(ValueError, match="Video 0 has 8 frames, but its video_metadata describes"):
+            processor(
+                text=["<|vision_start|><|video_pad|><|vision_end|>"],
+                videos=[frames],
+                video_metadata=[metadata],
+                **options,
+            )
+
+    def test_frames_already_sampled_keep_their_times(self, processor):
+        frames = np.zeros((8, 56, 56, 3), dtype=np.uint8)
+        metadata = {"fps": 30.0, "total_num_frames": 240, "frames_indices": list(range(0, 240, 30))}
+        inputs = processor(
+            text=["<|vision_start|><|video_pad|><|vision_end|>"],
+            videos=[frames],
+            video_metadata=[metadata],
+            do_sample_frames=False,
+        )
+        assert float(inputs["second_per_grid_ts"][0]) == pytest.approx(2.0)
+
+    def test_files_and_frames_in_one_batch_are_an_error(self, processor, tmp_path):
+        path = str(grey_clip(tmp_path / "clip.mp4", 8))
+        frames = np.zeros((8, 56, 56, 3), dtype=np.uint8)
+        for videos in ([path, frames], [frames, path]):
+            with pytest.raises(ValueError, match="mixes videos given as files and as frames"):
+                processor.video_processor(videos, num_frames=4)
+
+    def test_a_default_of_the_processor_gives_way_to_what_is_asked(self, processor, tmp_path):
+        path = str(grey_clip(tmp_path / "clip.mp4", 40))
+        by_fps = StormsVideoProcessor(size=processor.video_processor.size, fps=2)
+        grids = [by_fps([path], **options)["video_grid_thw"][0][0] for options in ({}, {"num_frames": 4}, {"fps": 1})]
+        assert [int(grid) for grid in grids] == [4, 2, 2]
+
     @pytest.mark.parametrize("options", [{"num_frames": 4, "fps": 2}, {"num_frames": 0}, {"fps": -1.0}])
     def test_contradictory_sampling_is_an_error(self, processor, tmp_path, options):
         with pytest.raises(ValueError, match="exactly one of them, positive"):
@@ -174,4 +226,8 @@ class TestTokenizer:
         expected = tokenizer.decode(text)
         for form in (block + text, torch.tensor(block + text), np.array(text + block)):
             assert processor.decode(form, skip_special_tokens=skip_special_tokens) == expected
-        assert processor.batch_decode([block + text, text], skip_special_tokens=skip_special_tokens) == [expected] * 2
+        rows = [block + text, text]
+        assert processor.batch_decode(rows, skip_special_tokens=skip_special_tokens) == [expected] * 2
+        assert processor.decode(rows, skip_special_tokens=skip_special_tokens) == [expected] * 2
+        stacked = torch.tensor([block + text, text + block])
+        assert processor.decode(stacked, skip_special_tokens=skip_special_tokens) == [expected] * 2

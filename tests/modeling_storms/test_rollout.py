@@ -155,6 +155,30 @@ class TestParity:
                 forced.logits[index][kept], expected, atol=LOGIT_TOLERANCE, rtol=LOGIT_TOLERANCE
             )
 
+    def test_teacher_forcing_needs_no_embedding_of_its_own_for_placeholders(self, trained_kind):
+        """Placeholder rows are always overwritten, so they may be equal, or noised as in NEFTune."""
+        model, inputs, out = trained_kind
+        batch = training_batch(model, inputs, out)
+        targets = torch.stack(out.latent_states)
+        expected = model(**batch, latent_input="teacher_forced", latent_targets=targets).logits
+        table = model.get_input_embeddings()
+        table.weight.data[model.config.image_token_id] = table.weight.data[model.config.video_token_id]
+        visual = (batch["input_ids"] == model.config.image_token_id) | (
+            batch["input_ids"] == model.config.video_token_id
+        )
+        table.register_forward_hook(lambda module, args, embeds: embeds + 0.1 * visual[..., None])
+        changed = model(**batch, latent_input="teacher_forced", latent_targets=targets).logits
+        torch.testing.assert_close(changed, expected)
+        assert len(table._forward_hooks) == 1, "a training pass leaves no hook behind"
+
+    @pytest.mark.parametrize("latent_input", ["rollout", "teacher_forced"])
+    def test_a_batch_without_blocks_is_a_plain_one(self, model, reference, prompts, latent_input):
+        inputs = prompts("video", "text")
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        output = model(**inputs, labels=labels, latent_input=latent_input)
+        torch.testing.assert_close(output.loss, reference(**inputs, labels=labels).loss)
+        assert output.latent_states is None
+
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_second_backbone(self, qwen3, prompts, side):
         _, model = qwen3
@@ -378,7 +402,7 @@ class TestLosses:
         count = int((labels != -100).sum())
         torch.testing.assert_close(output.lm_loss, per_token.sum() / count)
         assert output.loss == output.lm_loss
-        halved = model(**batch, latent_input="rollout", num_items_in_batch=2 * count)
+        halved = model(**{**batch, "labels": labels}, latent_input="rollout", num_items_in_batch=2 * count)
         torch.testing.assert_close(halved.lm_loss, output.lm_loss / 2)
 
     @pytest.mark.parametrize("latent_input", ["rollout", "teacher_forced"])

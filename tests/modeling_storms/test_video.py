@@ -1,6 +1,7 @@
 """Decoding: the right frames, the right times, and errors that name the file."""
 
 import io
+import sys
 
 import av
 import numpy as np
@@ -17,7 +18,7 @@ def grey_clip(path, num_frames, fps=10, codec="libx264"):
     """A clip whose frame k is grey level 5 + 5k: a decoded frame tells its own index."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "rgb8" if codec == "gif" else "yuv420p"
         stream.bit_rate = 4_000_000
         for k in range(num_frames):
             frame = np.full((48, 64, 3), 5 + 5 * k, dtype=np.uint8)
@@ -32,7 +33,20 @@ def levels(frames):
 
 @pytest.mark.parametrize(
     ("ending", "codec"),
-    [("mp4", "libx264"), ("mkv", "libx264"), ("mov", "mpeg4"), ("avi", "mpeg4"), ("webm", "libvpx")],
+    [
+        ("mp4", "libx264"),
+        ("mkv", "libx264"),
+        ("mov", "mpeg4"),
+        ("avi", "mpeg4"),
+        ("webm", "libvpx"),
+        ("flv", "flv"),
+        ("wmv", "wmv2"),
+        ("asf", "mpeg4"),
+        ("mpg", "mpeg2video"),
+        ("ts", "mpeg2video"),
+        ("ts", "libx264"),
+        ("m2ts", "libx264"),
+    ],
 )
 def test_chosen_frames_are_the_ones_decoded_in_any_container(tmp_path, ending, codec):
     path = grey_clip(tmp_path / f"clip.{ending}", 40, codec=codec)
@@ -47,10 +61,31 @@ def test_chosen_frames_are_the_ones_decoded_in_any_container(tmp_path, ending, c
     assert metadata.timestamps == pytest.approx([0, 0.3, 1.7, 1.8, 3.9], rel=1e-3)
 
 
+@pytest.mark.parametrize("chosen", [[], [-1], [0, 12], [100]])
+def test_frames_the_video_does_not_have_are_an_error(tmp_path, chosen):
+    path = grey_clip(tmp_path / "clip.mp4", 12)
+    with pytest.raises(ValueError, match=r"clip\.mp4: frames .* must be some of 0 to 11"):
+        decode_video(path, lambda metadata: chosen)
+
+
+def test_what_cannot_be_opened_says_how_to_convert_it(tmp_path):
+    with pytest.raises(VideoDecodeError, match=r"moving\.gif: 0 frames decoded.*convert animated images"):
+        decode_video(grey_clip(tmp_path / "moving.gif", 8, codec="gif"))
+
+
+def test_mpeg_streams_without_pyav_are_refused_not_misread(tmp_path, monkeypatch):
+    path = grey_clip(tmp_path / "clip.ts", 30, codec="mpeg2video")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ImportError, match=r"clip\.ts: reading this container needs PyAV"):
+        decode_video(path)
+
+
 def test_bytes_and_paths_decode_the_same(tmp_path):
     path = grey_clip(tmp_path / "clip.mp4", 12)
     by_path, _ = decode_video(path)
     by_bytes, _ = decode_video(path.read_bytes())
+    stream = grey_clip(tmp_path / "clip.ts", 12)
+    assert levels(decode_video(stream.read_bytes())[0]) == levels(decode_video(stream)[0]) == list(range(12))
     assert levels(by_path) == list(range(12))
     assert np.array_equal(by_path, by_bytes)
 

@@ -1,5 +1,6 @@
 """The demo as a newcomer runs it."""
 
+import os
 import subprocess
 import sys
 
@@ -18,6 +19,9 @@ def test_demo_answers_and_draws(tmp_path):
     assert "loaded as transformers_modules." in printed
     assert "8 slots, stop reason: budget" in printed
     assert "weights are random" in printed
+    # And the checkpoint it made, by a path relative to here.
+    folder = os.path.relpath(tmp_path / "out" / "storms-tiny")
+    assert "8 slots, stop reason: budget" in run_demo("--output", tmp_path / "again", "--model", folder).stdout
     with Image.open(tmp_path / "out" / "latent_slots.png") as picture:
         assert picture.size == (1440, 600)
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 50

@@ -95,13 +95,21 @@ def test_a_folder_as_released_becomes_the_same_checkpoint(native, tmp_path, clip
     assert all(torch.equal(first[name], second[name]) for name in first)
     options = json.loads((one / "generation_config.json").read_text())
     assert (options["repetition_penalty"], options["temperature"], options["latent_mode"]) == (1.05, 1e-6, "auto")
+    # The file's pixel limits are meant for images; videos get the limits of videos.
+    sizes = [StormsProcessor.from_pretrained(folder).video_processor.size for folder in (one, other)]
+    assert [(size["shortest_edge"], size["longest_edge"]) for size in sizes] == [(100352, 602112), (3136, 4704)]
     messages = [{"role": "user", "content": [{"type": "video", "video": str(clip)}, {"type": "text", "text": "Why?"}]}]
     results = []
     for folder in (one, other):
         model = StormsForConditionalGeneration.from_pretrained(folder).eval()
         processor = StormsProcessor.from_pretrained(folder)
         inputs = processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"size": {"shortest_edge": 3136, "longest_edge": 4704}},
         )
         assert int(inputs["video_grid_thw"][0, 0]) == 12  # all 24 frames, fewer than the default of 32
         out = model.generate(**inputs, max_new_tokens=12, latent_mode="force", do_sample=False, repetition_penalty=1.0)
@@ -163,6 +171,11 @@ class TestBadInput:
     def test_exactly_one_source(self, tmp_path, arguments):
         with pytest.raises(ValueError, match="exactly one of --base and --tiny"):
             init_checkpoint(InitArguments(output=str(tmp_path / "out"), **arguments))
+
+    def test_a_base_that_is_no_plain_qwen(self, tmp_path):
+        storms = init_checkpoint(InitArguments(tiny=True, output=str(tmp_path / "storms")))
+        with pytest.raises(ValueError, match=r"is a 'storms' model, but --base must be a plain Qwen2\.5-VL one"):
+            init_checkpoint(InitArguments(base=str(storms), output=str(tmp_path / "again")))
 
     def test_a_taken_output_is_left_alone(self, tmp_path):
         (tmp_path / "notes.txt").write_text("mine")
