@@ -530,7 +530,7 @@ class LatentReasoningMixin(Backbone):
                     "latent_targets, latent_bottleneck and stop_supervision need latent_input='teacher_forced' or "
                     "'rollout', but latent_input is None."
                 )
-            if latent_feedback is not None:
+            if latent_feedback is not None and input_ids is not None:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
                 is_fed = torch.eq(input_ids, self.latent_tokens.pad)[..., None]
                 inputs_embeds = torch.where(is_fed, latent_feedback.to(inputs_embeds), inputs_embeds)
