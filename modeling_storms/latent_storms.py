@@ -525,7 +525,8 @@ class LatentReasoningMixin(Backbone):
         is_slot = None
         if latent_input is None:
             # 1a. The plain backbone; in a decoding step, slots get their state instead of an embedding.
-            if latent_bottleneck is not None or latent_targets is not None or stop_supervision != "none":
+            has_bottleneck = latent_bottleneck is not None and latent_bottleneck is not False
+            if has_bottleneck or latent_targets is not None or stop_supervision != "none":
                 raise ValueError(
                     "latent_targets, latent_bottleneck and stop_supervision need latent_input='teacher_forced' or "
                     "'rollout', but latent_input is None."
@@ -564,7 +565,8 @@ class LatentReasoningMixin(Backbone):
             kept = torch.ones_like(is_slot) if attention_mask is None else attention_mask.to(is_slot)
             if position_ids is None:
                 position_ids = self._prepare_position_ids_for_generation(
-                    input_ids, {"attention_mask": kept.long(), **vision}
+                    input_ids,
+                    {"attention_mask": (kept | is_slot).long(), **vision},  # a hidden slot has its place
                 )
             vision = {name: value for name, value in vision.items() if name not in POSITIONAL}
             _check_targets(latent_targets, is_slot, self.config.get_text_config().hidden_size)
@@ -594,7 +596,9 @@ class LatentReasoningMixin(Backbone):
 
         # 3. Losses: each a mean, over the global batch where its counts are given.
         if num_items_in_batch is not None and isinstance(is_slot, torch.Tensor):
-            self._check_counts(labels, is_slot, num_slots_in_batch, latent_targets, stop_supervision)
+            self._check_counts(
+                labels, is_slot, num_items_in_batch, num_slots_in_batch, latent_targets, stop_supervision
+            )
         if labels is not None:
             training["lm_loss"] = training["loss"] = self.loss_function(
                 logits=logits,
@@ -625,14 +629,20 @@ class LatentReasoningMixin(Backbone):
         )
 
     @staticmethod
-    def _check_counts(labels, is_slot, num_slots_in_batch, latent_targets, stop_supervision) -> None:
+    def _check_counts(
+        labels, is_slot, num_items_in_batch, num_slots_in_batch, latent_targets, stop_supervision
+    ) -> None:
         """Counts over the global batch must count what the losses average, or losses scale with accumulation."""
+        labelled = torch.zeros_like(is_slot) if labels is None else labels != -100
         if num_slots_in_batch is None and (latent_targets is not None or stop_supervision != "none"):
-            raise ValueError(
-                "num_items_in_batch was given without num_slots_in_batch: lm_loss would be divided over the global "
-                "batch, the losses of slots only over this one. Count the slots of the global batch too."
-            )
-        if labels is not None and (labels[is_slot] != -100).any():
+            own = [int(labelled.sum()), int(labelled[:, 1:].sum())]
+            if int(num_items_in_batch) not in own:
+                raise ValueError(
+                    f"num_items_in_batch is {int(num_items_in_batch)}, this batch has {own[0]} labels, so the global "
+                    "batch is larger; but num_slots_in_batch is missing, by which to divide the losses of slots. "
+                    "Count the slots of the global batch too."
+                )
+        if labelled[is_slot].any():
             raise ValueError(
                 "labels hold token labels at latent slots, which are not trained as tokens, so num_items_in_batch "
                 "counts too many. Set them to -100; stop_supervision trains the stay-or-end decision."
@@ -664,7 +674,13 @@ class LatentReasoningMixin(Backbone):
         """Who is kept from the video, and what they can't see, `(batch, length)` each; None without bottleneck."""
         if latent_bottleneck is None or latent_bottleneck is False:
             return None
-        rows = torch.as_tensor(latent_bottleneck, dtype=torch.bool, device=input_ids.device).expand(len(input_ids))
+        rows = torch.as_tensor(latent_bottleneck, device=input_ids.device)
+        if rows.dtype != torch.bool or rows.shape not in ((), (len(input_ids),)):
+            raise ValueError(
+                f"latent_bottleneck is {latent_bottleneck}, but must be True, False or one boolean for each of the "
+                f"{len(input_ids)} rows. Draw the rows from a probability in the collator."
+            )
+        rows = rows.expand(len(input_ids))
         if (without := rows & ~is_slot.any(1)).any():
             raise ValueError(
                 f"latent_bottleneck is set for rows {without.nonzero()[:, 0].tolist()}, which have no latent slots: "
@@ -710,6 +726,7 @@ class LatentReasoningMixin(Backbone):
             and_mask_function=bottleneck_overlay(blind, concealed),
         )
 
+    @torch.compiler.disable  # compiled graphs are reused whether a hook is there or not
     def _teacher_forced(self, input_ids, kept, position_ids, is_slot, latent_targets, sight, **kwargs):
         """One pass with `latent_targets` in the slots, put there as the embedding layer returns: the model still
         finds its placeholders by their ids."""
@@ -866,6 +883,11 @@ class LatentReasoningMixin(Backbone):
             given += [getattr(config, name, None) for config in (generation_config, self.generation_config)]
             chosen.update((name, value) for value in reversed(given) if value is not None)
         options = LatentOptions(**chosen)
+        if latent_intervention is not None and (options.latent_mode == "off" or not callable(latent_intervention)):
+            raise ValueError(
+                f"latent_intervention is {latent_intervention!r} with latent_mode={options.latent_mode!r}, but must "
+                "be a callable, and there must be slots to call it on. Leave one of the two out."
+            )
         self._check_prompt(inputs, tokens, options, generation_config, kwargs)
         if options.latent_mode == "off":
             outputs = super().generate(inputs, generation_config, streamer=streamer, latent_mode="off", **kwargs)
@@ -953,6 +975,11 @@ class LatentReasoningMixin(Backbone):
             token_ids = torch.tensor([tokens.start, tokens.pad, tokens.end], device=kwargs.get("device"))
             return SuppressingProcessorList(processors, token_ids)
         return processors
+
+    def save_pretrained(self, *args, **kwargs):
+        # From a generation config that it derived from the model's config, the library drops options it doesn't know.
+        self.generation_config._from_model_config = False
+        return super().save_pretrained(*args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
         raise ValueError(

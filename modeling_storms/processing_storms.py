@@ -13,6 +13,7 @@
 # limitations under the License.
 """Processor of STORMS: Qwen2.5-VL's, with videos decoded by decord and latent tokens kept out of decoded text."""
 
+from functools import partial
 from numbers import Integral
 from os import PathLike, fspath
 from typing import Any
@@ -69,6 +70,7 @@ class StormsVideoProcessor(Qwen2VLVideoProcessor):
         num_frames: int | None = None,
         fps: float | None = None,
         max_frames: int | None = None,
+        name: str = "A video",
         **kwargs,
     ) -> np.ndarray:
         """Indices of the frames to use.
@@ -78,6 +80,7 @@ class StormsVideoProcessor(Qwen2VLVideoProcessor):
             num_frames (`int`, *optional*): frames wanted, evenly spread over the video.
             fps (`float`, *optional*): frames a second wanted instead, at most `max_frames` in all.
             max_frames (`int`, *optional*): defaults to the processor's own.
+            name (`str`, *optional*): what the log calls the video.
 
         Raises:
             ValueError: if both or neither of `num_frames` and `fps` are given, or it is not positive.
@@ -87,9 +90,7 @@ class StormsVideoProcessor(Qwen2VLVideoProcessor):
         total = metadata.total_num_frames
         if num_frames is not None:
             if total < num_frames:
-                logger.warning(
-                    f"A video has {total} frames, fewer than the {num_frames} asked for: using all {total}."
-                )
+                logger.warning(f"{name} has {total} frames, fewer than the {num_frames} asked for: using all {total}.")
             return uniform_frame_indices(total, num_frames)
         if not metadata.fps:
             raise ValueError(
@@ -117,6 +118,8 @@ class StormsVideoProcessor(Qwen2VLVideoProcessor):
     def fetch_videos(self, video_url_or_urls, sample_indices_fn=None):
         if isinstance(video_url_or_urls, list):
             return list(zip(*[self.fetch_videos(video, sample_indices_fn) for video in video_url_or_urls]))
+        if sample_indices_fn is not None:
+            sample_indices_fn = partial(sample_indices_fn, name=video_url_or_urls)
         return decode_video(video_url_or_urls, sample_indices_fn)
 
 

@@ -120,6 +120,8 @@ def _open(source: VideoSource, name: str) -> Any:
             raise VideoDecodeError(
                 f"{name}: 0 frames decoded, the download failed: {error}. Check the URL."
             ) from error
+    elif not isinstance(source, bytes) and not Path(source).is_file():
+        raise VideoDecodeError(f"{name}: 0 frames decoded, there is no such file. Check the path.")
     # decord misreads MPEG streams without an error (frames lost, repeated or shifted), and can't open some containers
     # that FFmpeg reads. Their packets, put into another container, it decodes right.
     if _is_mpeg_stream(source):
@@ -131,8 +133,8 @@ def _open(source: VideoSource, name: str) -> Any:
             reader = _read(VideoReader, cpu, _remux(source, name))
         except Exception:
             raise VideoDecodeError(
-                f"{name}: 0 frames decoded, it can't be opened. Check that the file exists, is not empty or cut "
-                "short, and is a video; convert animated images and raw streams (ffmpeg -i IN OUT.mp4)."
+                f"{name}: 0 frames decoded, it can't be opened. Check that the file is not empty or cut short, and is "
+                "a video; convert animated images and raw streams (ffmpeg -i IN OUT.mp4)."
             ) from error
     if len(reader) == 0:
         raise VideoDecodeError(f"{name}: 0 frames decoded, the file holds no video frames. Leave it out.")

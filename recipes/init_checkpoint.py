@@ -162,7 +162,9 @@ def convert(
     model.tie_weights()
     options = {"latent_mode": "auto", "latent_size": latent_size, "latent_stop": "budget"}
     options |= {"max_latent_blocks": 1, "latent_bottleneck": False}
-    model.generation_config = GenerationConfig(**{**base.generation_config.to_diff_dict(), **options})
+    inherited = base.generation_config.to_diff_dict()
+    inherited.pop("_from_model_config", None)  # else options that the library doesn't know are dropped
+    model.generation_config = GenerationConfig(**{**inherited, **options})
 
     # 3. Processor. Sampling is ours (32 frames), pixels are the base model's.
     #    A released repository has pixel limits for images only, and the library then takes them for frames of videos,
@@ -198,9 +200,11 @@ def init_checkpoint(arguments: InitArguments) -> Path:
     api = HfApi()
     if arguments.push_to_hub is not None:  # first: a wrong token or name should not cost a conversion
         repo_id = api.create_repo(arguments.push_to_hub, private=arguments.private, exist_ok=True).repo_id
-    if arguments.tiny:
+    if arguments.base is None:
         base, processor = build_tiny_base(arguments.seed)
     else:
+        if arguments.base.startswith(("/", ".")) and not Path(arguments.base).is_dir():
+            raise ValueError(f"--base {arguments.base} is no folder. Give a folder or a Hub id.")
         model_type = PreTrainedConfig.get_config_dict(arguments.base, revision=arguments.revision)[0].get("model_type")
         if model_type != "qwen2_5_vl":
             raise ValueError(f"{arguments.base} is a {model_type!r} model, but --base must be a plain Qwen2.5-VL one.")

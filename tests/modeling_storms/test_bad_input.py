@@ -107,6 +107,11 @@ class TestGenerate:
         model.eval()
         assert model.generate(**prompts("text"), max_new_tokens=3, latent_mode="force") is not None
 
+    @pytest.mark.parametrize(("mode", "intervention"), [("off", lambda states, index: states), ("force", 3)])
+    def test_an_intervention_that_cannot_be_called(self, model, prompts, mode, intervention):
+        with pytest.raises(ValueError, match="must be a callable, and there must be slots"):
+            model.generate(**prompts("text"), max_new_tokens=3, latent_mode=mode, latent_intervention=intervention)
+
     def test_misspelt_options_are_not_swallowed(self, model, prompts):
         with pytest.raises(ValueError, match="latent_sizes"):
             model.generate(**prompts("text"), max_new_tokens=3, latent_sizes=4)
@@ -143,6 +148,10 @@ class TestForward:
         with pytest.raises(ValueError, match="labels hold token labels at latent slots"):
             model(**kwargs, labels=sequence)
         assert model(**kwargs, labels=labels).loss > 0
+        # A count that is this batch's own says that this is the whole batch.
+        whole = {**kwargs, "num_items_in_batch": int((labels != -100).sum()), "labels": labels}
+        counted = model(**whole, stop_supervision="pad", num_slots_in_batch=2)
+        torch.testing.assert_close(model(**whole, stop_supervision="pad").loss, counted.loss)
 
     def test_stop_supervision_of_logits_not_computed(self, model):
         sequence = ids(model, 5, "start", "pad", "end", 6)
@@ -173,7 +182,18 @@ class TestForward:
         with pytest.raises(ValueError, match="stop_supervision is 'end'"):
             model(input_ids=ids(model, 5, "start", "pad", "end", 6), latent_input="rollout", stop_supervision="end")
 
-    @pytest.mark.parametrize("option", [{"latent_targets": torch.zeros(1, 1, 64)}, {"latent_bottleneck": True}])
+    def test_a_bottleneck_of_nobody_is_none(self, model):
+        assert model(input_ids=ids(model, 5, 6), latent_bottleneck=False).logits.shape[1] == 2
+
+    @pytest.mark.parametrize(
+        "option",
+        [
+            {"latent_targets": torch.zeros(1, 1, 64)},
+            {"latent_bottleneck": True},
+            {"latent_bottleneck": torch.tensor([True, False])},
+            {"stop_supervision": "pad"},
+        ],
+    )
     def test_training_options_without_latent_input(self, model, option):
         with pytest.raises(ValueError, match="need latent_input"):
             model(input_ids=ids(model, 5, 6), **option)
@@ -213,6 +233,11 @@ class TestForward:
             model(input_ids=ids(model, 5, "start", "pad", "end"), latent_input="rollout", latent_bottleneck=True)
         with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
             model.generate(input_ids=ids(model, 5, 6), latent_mode="force", latent_bottleneck=True, max_new_tokens=2)
+
+    @pytest.mark.parametrize("value", [0.5, 1, torch.tensor([0.3]), torch.tensor([True, False])])
+    def test_a_bottleneck_that_is_no_choice_of_rows(self, model, value):
+        with pytest.raises(ValueError, match="one boolean for each of the 1 rows"):
+            model(input_ids=ids(model, 5, "start", "pad", "end"), latent_input="rollout", latent_bottleneck=value)
 
     def test_an_attention_mask_of_another_shape(self, model):
         sequence = ids(model, 5, "start", "pad", "end")

@@ -113,7 +113,7 @@ class TestVideos:
         logging.getLogger("transformers").propagate = True
         inputs = encode(processor, str(grey_clip(tmp_path / "clip.mp4", 5)), num_frames=8)
         assert list(inputs["video_metadata"][0].frames_indices) == [0, 1, 2, 3, 4]
-        assert "A video has 5 frames, fewer than the 8 asked for: using all 5." in caplog.text
+        assert "clip.mp4 has 5 frames, fewer than the 8 asked for: using all 5." in caplog.text
         assert int(inputs["video_grid_thw"][0, 0]) == 3  # the last of five frames is doubled
         assert float(inputs["second_per_grid_ts"][0]) == pytest.approx(0.2)
 

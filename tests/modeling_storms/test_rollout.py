@@ -171,6 +171,32 @@ class TestParity:
         torch.testing.assert_close(changed, expected)
         assert len(table._forward_hooks) == 1, "a training pass leaves no hook behind"
 
+    def test_compiled_graphs_are_not_reused_across_kinds_of_input(self, trained_kind, prompts):
+        model, inputs, out = trained_kind
+        batch = training_batch(model, inputs, out)
+        targets = {"latent_input": "teacher_forced", "latent_targets": torch.randn(3, 4, 64)}
+        expected = model(**batch, **targets).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager")
+        compiled(**batch, latent_input="rollout")
+        compiled(**prompts("text", "video", "both"))
+        torch.testing.assert_close(compiled(**batch, **targets).logits, expected, atol=1e-5, rtol=1e-4)
+
+    def test_hiding_slots_moves_no_position(self, trained_kind):
+        """Slots masked in the 2D mask keep their places: what does not look at them is the same."""
+        model, inputs, out = trained_kind
+        batch = training_batch(model, inputs, out)
+        positions = []
+        model.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: positions.append(kwargs["position_ids"]), with_kwargs=True
+        )
+        targets = torch.stack(out.latent_states)
+        hidden = batch["attention_mask"].masked_fill(batch["input_ids"] == model.latent_tokens.pad, 0)
+        for mask in (batch["attention_mask"], hidden):
+            model(**{**batch, "attention_mask": mask}, latent_input="teacher_forced", latent_targets=targets)
+        kept = batch["attention_mask"].bool()
+        assert torch.equal(positions[0][:, kept], positions[1][:, kept])
+
     @pytest.mark.parametrize("latent_input", ["rollout", "teacher_forced"])
     def test_a_batch_without_blocks_is_a_plain_one(self, model, reference, prompts, latent_input):
         inputs = prompts("video", "text")

@@ -117,6 +117,23 @@ def test_a_folder_as_released_becomes_the_same_checkpoint(native, tmp_path, clip
     assert results[0] == results[1]
 
 
+def test_options_survive_a_base_without_a_generation_config(tmp_path):
+    """A model built from a config derives its generation config, and the library marks it so when it saves."""
+    built, processor = build_tiny_base()
+    Qwen2_5_VLForConditionalGeneration(built.config).save_pretrained(tmp_path / "native")
+    processor.save_pretrained(tmp_path / "native")
+    assert json.loads((tmp_path / "native" / "generation_config.json").read_text())["_from_model_config"]
+    output = init_checkpoint(InitArguments(base=str(tmp_path / "native"), output=str(tmp_path / "storms")))
+    loaded = StormsForConditionalGeneration.from_pretrained(output)
+    assert (loaded.generation_config.latent_mode, loaded.generation_config.latent_size) == ("auto", 8)
+    # The same for a STORMS model built from a config.
+    model = StormsForConditionalGeneration(loaded.config)
+    model.generation_config.latent_mode = "force"
+    model.save_pretrained(tmp_path / "again")
+    again = StormsForConditionalGeneration.from_pretrained(tmp_path / "again")
+    assert again.generation_config.latent_mode == "force"
+
+
 def test_new_embeddings_are_average_and_distinct():
     base, processor = build_tiny_base()
     num_known = len(processor.tokenizer)
@@ -171,6 +188,10 @@ class TestBadInput:
     def test_exactly_one_source(self, tmp_path, arguments):
         with pytest.raises(ValueError, match="exactly one of --base and --tiny"):
             init_checkpoint(InitArguments(output=str(tmp_path / "out"), **arguments))
+
+    def test_a_base_folder_that_is_not_there(self, tmp_path):
+        with pytest.raises(ValueError, match="is no folder"):
+            init_checkpoint(InitArguments(base=str(tmp_path / "nowhere"), output=str(tmp_path / "out")))
 
     def test_a_base_that_is_no_plain_qwen(self, tmp_path):
         storms = init_checkpoint(InitArguments(tiny=True, output=str(tmp_path / "storms")))
