@@ -24,7 +24,7 @@ and its output head in `self.lm_head`, and whose config names the three latent i
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +53,7 @@ POSITIONAL = ("mm_token_type_ids", "second_per_grid_ts")
 LatentIntervention = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-@dataclass
+@dataclass(init=False)
 class StormsOutput(ModelOutput):
     """What `forward` returns.
 
@@ -84,6 +84,20 @@ class StormsOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     latent_feedback: torch.Tensor | None = None
+
+    def __init__(self, *values: Any, **given: Any):
+        # One output a decoding step: the generated __init__ sets and checks every field, at a hundredth of the step
+        # of a small model. Fields left out are None by their class's default. As with any ModelOutput, values may
+        # also come in order (pickle) or as one mapping (accelerate).
+        if len(values) == 1 and isinstance(values[0], Mapping):
+            given = {**values[0], **given}
+        elif values:
+            given = {**dict(zip(self.__dataclass_fields__, values)), **given}
+        if unknown := given.keys() - self.__dataclass_fields__.keys():
+            raise TypeError(f"StormsOutput got {sorted(unknown)}, but has {list(self.__dataclass_fields__)}.")
+        for name in self.__dataclass_fields__:
+            if (value := given.get(name)) is not None:
+                self[name] = value
 
 
 @dataclass

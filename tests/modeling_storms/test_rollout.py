@@ -1,11 +1,15 @@
 """Training's forward against `generate`, against a cache-free rollout, and against finite differences."""
 
+import copy
+import pickle
+
 import pytest
 import torch
+from accelerate.utils import convert_to_fp32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_storms.latent_storms import RolloutLayout
+from modeling_storms.latent_storms import RolloutLayout, StormsOutput
 
 from .conftest import eager_to, latent_ids, one_grid_step, same_weights
 from .reference import recompute, single_rows
@@ -414,6 +418,35 @@ class TestBottleneck:
             for row in range(len(inputs["input_ids"])):
                 places = text[row].nonzero()[:, 0]
                 assert logits[row, places - 1].argmax(-1).tolist() == batch["input_ids"][row, places].tolist()
+
+
+class TestOutput:
+    def test_it_is_a_model_output_like_any_other(self, trained_kind):
+        model, inputs, out = trained_kind
+        batch = training_batch(model, inputs, out)
+        output = model(**batch, latent_input="rollout")
+        names = ["loss", "lm_loss", "logits", "latent_states", "latent_mask", "latent_feedback"]
+        assert list(output.keys()) == names  # in the order of the fields, whatever is None left out
+        assert output.latent_loss is None
+        assert output["loss"] is output.loss is output.to_tuple()[0]
+        assert len(model(**batch, latent_input="rollout", return_dict=False)) == len(names)
+        with torch.no_grad():
+            output = model(**batch, latent_input="rollout")
+        for same in (pickle.loads(pickle.dumps(output)), copy.deepcopy(output)):
+            assert list(same.keys()) == names
+            assert torch.equal(same.logits, output.logits)
+
+    def test_accelerate_can_convert_it(self, trained_kind):
+        model, inputs, out = trained_kind
+        output = model.bfloat16()(**training_batch(model, inputs, out), latent_input="rollout")
+        converted = convert_to_fp32(output)
+        assert type(converted) is StormsOutput
+        assert converted.logits.dtype == torch.float32
+        assert converted.keys() == output.keys()
+
+    def test_an_unknown_field_is_an_error(self):
+        with pytest.raises(TypeError, match=r"got \['hidden'\]"):
+            StormsOutput(hidden=1)
 
 
 class TestLosses:
