@@ -609,7 +609,7 @@ class LatentReasoningMixin(Backbone):
             training |= {"latent_states": states, "latent_mask": mask}
 
         # 3. Losses: each a mean, over the global batch where its counts are given.
-        if num_items_in_batch is not None and isinstance(is_slot, torch.Tensor):
+        if num_items_in_batch is not None and is_slot is not None:
             self._check_counts(
                 labels, is_slot, num_items_in_batch, num_slots_in_batch, latent_targets, stop_supervision
             )
@@ -975,7 +975,7 @@ class LatentReasoningMixin(Backbone):
 
     def _prepare_generation_config(self, generation_config, latent_mode=None, **kwargs):
         resolved, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        resolved.latent_mode = latent_mode
+        resolved.latent_mode = latent_mode  # for _get_logits_processor, which sees no other argument of `generate`
         return resolved, model_kwargs
 
     def _get_logits_processor(self, generation_config, *args, **kwargs):

@@ -17,6 +17,7 @@ import io
 import math
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def _open(source: VideoSource, name: str) -> Any:
         try:
             with urllib.request.urlopen(source, timeout=60) as response:
                 source = response.read()
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             raise VideoDecodeError(
                 f"{name}: 0 frames decoded, the download failed: {error}. Check the URL."
             ) from error
@@ -124,14 +125,17 @@ def _open(source: VideoSource, name: str) -> Any:
         raise VideoDecodeError(f"{name}: 0 frames decoded, there is no such file. Check the path.")
     # decord misreads MPEG streams without an error (frames lost, repeated or shifted), and can't open some containers
     # that FFmpeg reads. Their packets, put into another container, it decodes right.
-    if _is_mpeg_stream(source):
-        source = _remux(source, name)
+    is_mpeg = _is_mpeg_stream(source)
     try:
-        reader = _read(VideoReader, cpu, source)
+        reader = _read(VideoReader, cpu, _remux(source, name) if is_mpeg else source)
+    except ImportError:
+        raise
     except Exception as error:
         try:
-            reader = _read(VideoReader, cpu, _remux(source, name))
+            reader = None if is_mpeg else _read(VideoReader, cpu, _remux(source, name))
         except Exception:
+            reader = None
+        if reader is None:
             raise VideoDecodeError(
                 f"{name}: 0 frames decoded, it can't be opened. Check that the file is not empty or cut short, and is "
                 "a video; convert animated images and raw streams (ffmpeg -i IN OUT.mp4)."

@@ -142,7 +142,8 @@ def convert(
     if max(token_ids) >= base.config.get_text_config().vocab_size:
         base.resize_token_embeddings(max(token_ids) + 1, pad_to_multiple_of=64, mean_resizing=False)
     generator = torch.Generator().manual_seed(seed)
-    for table in {base.get_input_embeddings().weight, base.get_output_embeddings().weight}:
+    tables = [base.get_input_embeddings().weight, base.get_output_embeddings().weight]
+    for table in tables[:1] if tables[0] is tables[1] else tables:  # tied or not, in an order that repeats
         known = table.data[:num_known].float()
         noise = torch.randn(len(token_ids), table.shape[1], generator=generator).to(known.device)
         table.data[token_ids] = (known.mean(0) + 0.01 * known.std(0) * noise).to(table.dtype)
@@ -197,17 +198,18 @@ def init_checkpoint(arguments: InitArguments) -> Path:
     output = Path(arguments.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder. Choose another --output, or remove it.")
-    api = HfApi()
-    if arguments.push_to_hub is not None:  # first: a wrong token or name should not cost a conversion
-        repo_id = api.create_repo(arguments.push_to_hub, private=arguments.private, exist_ok=True).repo_id
-    if arguments.base is None:
-        base, processor = build_tiny_base(arguments.seed)
-    else:
+    if arguments.base is not None:
         if arguments.base.startswith(("/", ".")) and not Path(arguments.base).is_dir():
             raise ValueError(f"--base {arguments.base} is no folder. Give a folder or a Hub id.")
         model_type = PreTrainedConfig.get_config_dict(arguments.base, revision=arguments.revision)[0].get("model_type")
         if model_type != "qwen2_5_vl":
             raise ValueError(f"{arguments.base} is a {model_type!r} model, but --base must be a plain Qwen2.5-VL one.")
+    api = HfApi()
+    if arguments.push_to_hub is not None:  # before the work: a wrong token or name should not cost a conversion
+        repo_id = api.create_repo(arguments.push_to_hub, private=arguments.private, exist_ok=True).repo_id
+    if arguments.base is None:
+        base, processor = build_tiny_base(arguments.seed)
+    else:
         base, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             arguments.base, revision=arguments.revision, dtype="auto", output_loading_info=True
         )

@@ -23,6 +23,19 @@ REAL_CLIPS = Path(__file__).parents[2] / "shared" / "clips"
 QUESTIONS = ("Which cup moves?", "Does the red car stop before the light changes, or after two seconds?", "Why?")
 
 
+def ask(processor, video, **processor_kwargs):
+    """Model inputs of one question about a video."""
+    messages = [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": "Why?"}]}]
+    return processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=processor_kwargs,
+    )
+
+
 def enliven(model, factor: float = 4.0):
     """Larger weights: at initialisation all states are nearly the same, and wrong masks would not show."""
     torch.manual_seed(1)

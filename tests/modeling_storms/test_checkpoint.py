@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from recipes.init_checkpoint import InitArguments, init_checkpoint
+from tests.conftest import ask
 
 
 CODE_FILES = ("configuration", "latent", "modeling", "processing", "video")
@@ -99,15 +100,7 @@ def test_the_package_and_the_folder_answer_the_same(stranger, folder, clip):
     model = AutoModel.from_pretrained(folder).eval()  # importing the package has registered the classes
     processor = AutoProcessor.from_pretrained(folder)
     assert type(model).__module__ == "modeling_storms.modeling_storms"
-    messages = [{"role": "user", "content": [{"type": "video", "video": str(clip)}, {"type": "text", "text": "Why?"}]}]
-    inputs = processor.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"num_frames": 4},
-    )
+    inputs = ask(processor, str(clip), num_frames=4)
     out = model.generate(**inputs, max_new_tokens=12, latent_mode="force", latent_size=3, return_dict_in_generate=True)
     assert out.sequences.tolist() == stranger[0]["sequences"]
     torch.testing.assert_close(out.latent_states[0], torch.tensor(stranger[0]["states"]))

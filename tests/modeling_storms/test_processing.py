@@ -8,6 +8,7 @@ import torch
 
 from modeling_storms import StormsProcessor, StormsVideoProcessor, VideoDecodeError, decode_video
 from recipes.init_checkpoint import build_tiny_base
+from tests.conftest import ask
 
 from .test_video import grey_clip
 
@@ -75,17 +76,6 @@ class TestChatTemplate:
             processor.apply_chat_template([{"role": "user", "content": [{"type": "smell"}]}])
 
 
-def encode(processor, video, **processor_kwargs):
-    messages = [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": "Why?"}]}]
-    return processor.apply_chat_template(
-        messages,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"return_metadata": True, **processor_kwargs},
-    )
-
-
 class TestVideos:
     @pytest.mark.parametrize(
         ("options", "indices", "seconds_per_grid_step"),
@@ -97,7 +87,7 @@ class TestVideos:
         ],
     )
     def test_sampled_frames_and_their_times(self, processor, tmp_path, options, indices, seconds_per_grid_step):
-        inputs = encode(processor, str(grey_clip(tmp_path / "clip.mp4", 40)), **options)
+        inputs = ask(processor, str(grey_clip(tmp_path / "clip.mp4", 40)), return_metadata=True, **options)
         assert list(inputs["video_metadata"][0].frames_indices) == indices
         assert float(inputs["second_per_grid_ts"][0]) == pytest.approx(seconds_per_grid_step)
         assert int(inputs["video_grid_thw"][0, 0]) == len(indices) // 2
@@ -105,13 +95,13 @@ class TestVideos:
         assert int(placeholders) == int(inputs["video_grid_thw"].prod()) // 4
 
     def test_the_default_is_32_frames(self, processor, tmp_path):
-        inputs = encode(processor, str(grey_clip(tmp_path / "clip.mp4", 50)))
+        inputs = ask(processor, str(grey_clip(tmp_path / "clip.mp4", 50)), return_metadata=True)
         assert len(inputs["video_metadata"][0].frames_indices) == 32
         assert float(inputs["second_per_grid_ts"][0]) == pytest.approx(2 * 5.0 / 32)
 
     def test_a_short_clip_uses_what_it_has_and_says_so(self, processor, tmp_path, caplog):
         logging.getLogger("transformers").propagate = True
-        inputs = encode(processor, str(grey_clip(tmp_path / "clip.mp4", 5)), num_frames=8)
+        inputs = ask(processor, str(grey_clip(tmp_path / "clip.mp4", 5)), num_frames=8, return_metadata=True)
         assert list(inputs["video_metadata"][0].frames_indices) == [0, 1, 2, 3, 4]
         assert "clip.mp4 has 5 frames, fewer than the 8 asked for: using all 5." in caplog.text
         assert int(inputs["video_grid_thw"][0, 0]) == 3  # the last of five frames is doubled
@@ -119,31 +109,31 @@ class TestVideos:
 
     def test_path_objects_are_files_too(self, processor, tmp_path):
         path = grey_clip(tmp_path / "clip.mp4", 8)
-        by_path, by_text = (encode(processor, video, num_frames=4) for video in (path, str(path)))
+        by_path, by_text = (ask(processor, video, num_frames=4) for video in (path, str(path)))
         assert torch.equal(by_path["pixel_values_videos"], by_text["pixel_values_videos"])
         assert by_path["input_ids"].tolist() == by_text["input_ids"].tolist()
 
     def test_bytes_are_refused_with_the_way_to_pass_them(self, processor, tmp_path):
         data = grey_clip(tmp_path / "clip.mp4", 8).read_bytes()
         with pytest.raises(ValueError, match="decode_video"):
-            encode(processor, data)
+            ask(processor, data)
         frames, metadata = decode_video(data, lambda metadata: [0, 2, 4, 6])
         text = "<|vision_start|><|video_pad|><|vision_end|>"
         inputs = processor(
             text=[text], videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
         )
-        by_file = encode(processor, str(tmp_path / "clip.mp4"), num_frames=4)
+        by_file = ask(processor, str(tmp_path / "clip.mp4"), num_frames=4)
         assert torch.equal(inputs["pixel_values_videos"], by_file["pixel_values_videos"])
         assert float(inputs["second_per_grid_ts"][0]) == float(by_file["second_per_grid_ts"][0])
 
     def test_a_single_frame_works(self, processor, tmp_path):
-        inputs = encode(processor, str(grey_clip(tmp_path / "clip.mp4", 1)), fps=2)
+        inputs = ask(processor, str(grey_clip(tmp_path / "clip.mp4", 1)), fps=2)
         assert inputs["video_grid_thw"][0, 0] == 1
 
     def test_a_broken_file_is_named(self, processor, tmp_path):
         (tmp_path / "broken.mp4").write_bytes(b"")
         with pytest.raises(VideoDecodeError, match=r"broken\.mp4: 0 frames decoded"):
-            encode(processor, str(tmp_path / "broken.mp4"))
+            ask(processor, str(tmp_path / "broken.mp4"))
 
     def test_frames_need_their_fps(self, processor):
         frames = np.zeros((8, 56, 56, 3), dtype=np.uint8)
@@ -199,7 +189,7 @@ class TestVideos:
     @pytest.mark.parametrize("options", [{"num_frames": 4, "fps": 2}, {"num_frames": 0}, {"fps": -1.0}])
     def test_contradictory_sampling_is_an_error(self, processor, tmp_path, options):
         with pytest.raises(ValueError, match="exactly one of them, positive"):
-            encode(processor, str(grey_clip(tmp_path / "clip.mp4", 8)), **options)
+            ask(processor, str(grey_clip(tmp_path / "clip.mp4", 8)), **options)
 
     def test_pixels_equal_the_library_processor_on_the_same_frames(self, processor, tmp_path):
         path = grey_clip(tmp_path / "clip.mp4", 8)

@@ -286,7 +286,7 @@ class TestGradients:
             assert (one.grad is None) == (other.grad is None), name
             if one.grad is not None:
                 worst = max(worst, float((one.grad - other.grad).norm() / other.grad.norm().clamp(min=1e-6)))
-        assert worst < 1e-5  # seen: 9e-7; with the cache dropped under checkpointing, as is the default: 9.2
+        assert worst < 1e-5  # seen: 9e-7
 
     def test_checkpointing_changes_no_gradient_with_ragged_blocks(self, episode):
         model, inputs, out = episode

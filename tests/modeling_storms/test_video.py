@@ -1,7 +1,10 @@
 """Decoding: the right frames, the right times, and errors that name the file."""
 
+import functools
 import io
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import av
 import numpy as np
@@ -91,10 +94,6 @@ def test_bytes_and_paths_decode_the_same(tmp_path):
 
 
 def test_a_served_file_decodes(tmp_path):
-    import functools
-    import threading
-    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-
     grey_clip(tmp_path / "clip.mp4", 6)
     server = ThreadingHTTPServer(
         ("127.0.0.1", 0), functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
@@ -127,15 +126,45 @@ def test_a_cut_file_is_named(tmp_path):
         decode_video(path)
 
 
-def test_a_file_without_video_is_named(tmp_path):
-    path = tmp_path / "sound.mp4"
+def test_a_broken_stream_is_named(tmp_path):
+    packets = b"".join(b"\x47" + bytes(187) for _ in range(20))  # transport packets that carry nothing
+    for name, content in (("broken.ts", packets), ("broken.mpg", b"\x00\x00\x01\xba" + b"\xff" * 4000)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(VideoDecodeError, match=f"{name}: 0 frames decoded"):
+            decode_video(tmp_path / name)
+
+
+def test_a_cut_download_is_named():
+    class Cut(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"only this")
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Cut)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(VideoDecodeError, match=r"clip\.mp4: 0 frames decoded, the download failed"):
+            decode_video(f"http://127.0.0.1:{server.server_port}/clip.mp4")
+    finally:
+        server.shutdown()
+
+
+@pytest.mark.parametrize("ending", ["mp4", "ts"])
+def test_a_file_without_video_is_named(tmp_path, ending):
+    path = tmp_path / f"sound.{ending}"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=8000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
-        frame.rate = 8000
-        container.mux(stream.encode(frame))
+        for _ in range(30):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+            frame.rate = 8000
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    with pytest.raises(VideoDecodeError, match=r"sound\.mp4: 0 frames decoded"):
+    with pytest.raises(VideoDecodeError, match=rf"sound\.{ending}: 0 frames decoded"):
         decode_video(path)
 
 

@@ -11,6 +11,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from modeling_storms import StormsForConditionalGeneration, StormsProcessor
 from recipes.init_checkpoint import InitArguments, build_tiny_base, convert, init_checkpoint
+from tests.conftest import ask
 
 
 @pytest.fixture(scope="module")
@@ -98,19 +99,11 @@ def test_a_folder_as_released_becomes_the_same_checkpoint(native, tmp_path, clip
     # The file's pixel limits are meant for images; videos get the limits of videos.
     sizes = [StormsProcessor.from_pretrained(folder).video_processor.size for folder in (one, other)]
     assert [(size["shortest_edge"], size["longest_edge"]) for size in sizes] == [(100352, 602112), (3136, 4704)]
-    messages = [{"role": "user", "content": [{"type": "video", "video": str(clip)}, {"type": "text", "text": "Why?"}]}]
     results = []
     for folder in (one, other):
         model = StormsForConditionalGeneration.from_pretrained(folder).eval()
         processor = StormsProcessor.from_pretrained(folder)
-        inputs = processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"size": {"shortest_edge": 3136, "longest_edge": 4704}},
-        )
+        inputs = ask(processor, str(clip), size={"shortest_edge": 3136, "longest_edge": 4704})
         assert int(inputs["video_grid_thw"][0, 0]) == 12  # all 24 frames, fewer than the default of 32
         out = model.generate(**inputs, max_new_tokens=12, latent_mode="force", do_sample=False, repetition_penalty=1.0)
         results.append((inputs["input_ids"].tolist(), inputs["pixel_values_videos"].sum(), out.tolist()))
@@ -137,13 +130,15 @@ def test_options_survive_a_base_without_a_generation_config(tmp_path):
 def test_new_embeddings_are_average_and_distinct():
     base, processor = build_tiny_base()
     num_known = len(processor.tokenizer)
-    model, _ = convert(base, processor)
+    model, _ = convert(base, processor, seed=5)
+    generator = torch.Generator().manual_seed(5)
     tokens = model.latent_tokens
     for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
         mean, std = table[:num_known].mean(0), table[:num_known].std(0)
         rows = table[[tokens.start, tokens.pad, tokens.end]]
         assert ((rows - mean).abs() < 0.06 * std).all()
         assert len(torch.unique(rows, dim=0)) == 3
+        torch.testing.assert_close(rows, mean + 0.01 * std * torch.randn(3, 64, generator=generator))  # by the seed
 
 
 def test_a_full_vocabulary_is_resized():
