@@ -17,6 +17,7 @@ import io
 import math
 import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
 from http.client import HTTPException
 from os import PathLike, fspath
 from pathlib import Path
@@ -34,6 +35,21 @@ VideoSource = str | PathLike | bytes
 
 class VideoDecodeError(ValueError):
     """A video can't be used; names the file, how many frames decoded, and what to do."""
+
+
+@dataclass
+class DecodedVideoMetadata(VideoMetadata):
+    """Metadata with the chosen frames' times by the file's own clock: where its frame rate varies, index / fps errs.
+
+    Attributes:
+        frame_timestamps (`list[float]`): seconds from the video's first frame, one for each of `frames_indices`.
+    """
+
+    frame_timestamps: list[float] | None = None
+
+    @property
+    def timestamps(self) -> list[float]:
+        return super().timestamps if self.frame_timestamps is None else self.frame_timestamps
 
 
 def uniform_frame_indices(total_num_frames: int, num_frames: int) -> np.ndarray:
@@ -64,7 +80,7 @@ def fps_frame_indices(total_num_frames: int, video_fps: float, fps: float, max_f
 
 def decode_video(
     source: VideoSource, sample_indices_fn: Callable[..., Any] | None = None
-) -> tuple[np.ndarray, VideoMetadata]:
+) -> tuple[np.ndarray, DecodedVideoMetadata]:
     """Decode the chosen frames of a video in any container that FFmpeg reads.
 
     Decoding is decord's. Containers that it misreads or can't open (MPEG .ts and .mpg among them) are first put into
@@ -76,8 +92,8 @@ def decode_video(
             by default.
 
     Returns:
-        Frames `(num_frames, height, width, 3)`, uint8 RGB, and their `VideoMetadata`, whose `fps` is the video's own
-        and whose `frames_indices` count decoded frames from the first one.
+        Frames `(num_frames, height, width, 3)`, uint8 RGB, and their metadata, whose `fps` is the video's own (the
+        mean one where it varies) and whose `frames_indices` count decoded frames from the first one.
 
     Raises:
         VideoDecodeError: if the file is missing, empty, corrupt or holds no frames. Never a partial result: frames
@@ -86,11 +102,9 @@ def decode_video(
     """
     name = source if isinstance(source, str) else "<bytes>" if isinstance(source, bytes) else fspath(source)
     reader = _open(source, name)
-    metadata = VideoMetadata(
-        total_num_frames=len(reader),
-        fps=float(reader.get_avg_fps()),
-        duration=len(reader) / float(reader.get_avg_fps()),
-        video_backend="decord",
+    fps = _mean_fps(reader)
+    metadata = DecodedVideoMetadata(
+        total_num_frames=len(reader), fps=fps, duration=len(reader) / fps, video_backend="decord"
     )
     indices = np.arange(len(reader)) if sample_indices_fn is None else np.asarray(sample_indices_fn(metadata=metadata))
     if len(indices) == 0 or indices.min() < 0 or indices.max() >= len(reader):
@@ -104,8 +118,17 @@ def decode_video(
             "Re-encode the file (ffmpeg -i IN -c:v libx264 OUT.mp4) or leave it out."
         ) from error
     metadata.frames_indices = indices.tolist()
+    metadata.frame_timestamps = (reader.get_frame_timestamp(indices)[:, 0] - reader.get_frame_timestamp(0)[0]).tolist()
     metadata.height, metadata.width = frames.shape[1:3]
     return frames, metadata
+
+
+def _mean_fps(reader: Any) -> float:
+    """The header's rate, unless the frames' own times contradict it, as they do where the rate varies."""
+    fps = float(reader.get_avg_fps())
+    seconds = float(reader.get_frame_timestamp(len(reader) - 1)[0] - reader.get_frame_timestamp(0)[0])
+    by_times = (len(reader) - 1) / seconds if seconds > 0 else fps
+    return by_times if abs(by_times / fps - 1) > 0.02 else fps
 
 
 def _open(source: VideoSource, name: str) -> Any:

@@ -1,9 +1,10 @@
-"""Show a STORMS model at work on a video, from nothing but installed packages.
+"""Build thought-video rows, then show a STORMS model at work on a video, from nothing but installed packages.
 
     python -m recipes.demo                    # a bouncing ball, encoded on the spot
     python -m recipes.demo --video clip.mp4   # any video file
     python -m recipes.demo --model org/storms-7b --video clip.mp4 --question "What falls first?"
 
+It builds 64 rows of the simulated shell game and one row from the video, and loads them by `load_dataset`.
 Without --model it makes a tiny checkpoint with random weights: the answer means nothing, the machinery is the real
 one. The model is loaded in a separate process by `AutoModel.from_pretrained(..., trust_remote_code=True)`, in which
 this package can't be imported.
@@ -11,12 +12,12 @@ this package can't be imported.
 
 import argparse
 import json
-import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +27,36 @@ import numpy as np
 QUESTION = "Where will the ball be after the clip ends?"
 
 
-def write_clip(path: Path, num_frames: int = 48, fps: int = 12, height: int = 112, width: int = 168) -> Path:
-    """Encode a red ball that flies and bounces on a grey floor, as H.264 (one thread, so that bytes repeat).
+def write_clip(path: Path) -> Path:
+    """A simulated ball that bounces between walls, as an MP4 file."""
+    from dataset_builder.sources.simulated import list_rows, scene_of
+    from dataset_builder.thought_video import encode_video
 
-    Args:
-        path (`Path`): file to write; its ending picks the container.
-        num_frames, fps (`int`): length in frames and frames a second.
-        height, width (`int`): pixels, even.
-    """
-    import av
-
-    rows, columns = np.mgrid[:height, :width]
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.width, stream.height, stream.pix_fmt, stream.thread_count = width, height, "yuv420p", 1
-        for frame_idx in range(num_frames):
-            seconds = frame_idx / fps
-            x = 12 + (width - 24) * frame_idx / max(num_frames - 1, 1)
-            y = height - 24 - 0.6 * height * abs(math.cos(2.5 * seconds))
-            image = np.full((height, width, 3), 230, dtype=np.uint8)
-            image[rows > height - 16] = 120
-            image[(rows - y) ** 2 + (columns - x) ** 2 < 10**2] = (210, 40, 30)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
+    (row,) = list_rows(["bounce"], num_rows=1, seed=0, split_fractions={"train": 1.0})
+    scene = scene_of(row["scene"])
+    path.write_bytes(encode_video(scene.frames(), scene.fps))
     return path
+
+
+def build_rows(video: Path, question: str, output: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Build two datasets, 64 rows of the shell game and one of a given video, and load them as a stranger would.
+
+    Returns:
+        The first row of each.
+    """
+    from datasets import load_dataset
+
+    from dataset_builder.__main__ import main as build
+
+    # Wiped, as a folder keeps what earlier commands built.
+    simulated, given = output / "shell_game", output / "given_video"
+    build(["build", "--source", "simulated", "--world", "shell_game", "--num_rows", "64", "--output", str(simulated)])
+    questions = output / "questions.jsonl"
+    questions.write_text(json.dumps({"video": video.name, "question": question, "answer": "unknown"}) + "\n")
+    command = ["build", "--source", "local_folder", "--video_root", str(video.parent), "--questions", str(questions)]
+    build([*command, "--num_rows", "1", "--output", str(given)])
+    first, second = (load_dataset(str(folder), split="train")[0] for folder in (simulated, given))
+    return first, second
 
 
 def answer(model_name: str, video: str, question: str, num_frames: int, max_new_tokens: int) -> dict[str, Any]:
@@ -95,34 +102,66 @@ def answer(model_name: str, video: str, question: str, num_frames: int, max_new_
     }
 
 
-def plot(result: dict[str, Any], frames: np.ndarray, path: Path) -> None:
-    """Sampled frames above, the slots' similarity to them below."""
+def plot(rows: dict[str, dict[str, Any]], result: dict[str, Any], frames: np.ndarray, path: Path) -> None:
+    """Two dataset rows, each its keyframes and its thought video; below, the slots' similarity to the sampled frames.
+
+    Args:
+        rows (`dict`): dataset rows by title.
+        result (`dict`): what `answer` returned.
+        frames (`np.ndarray` of shape `(num_frames, height, width, 3)`): the sampled frames, uint8 RGB.
+        path (`Path`): the PNG to write.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from modeling_storms.video_storms import decode_video, uniform_frame_indices
+
+    columns = 10
+    figure = plt.figure(figsize=(14, 9), layout="constrained")
+    parts: Any = figure.subfigures(3, 1, height_ratios=[1, 1, 2.2])
+    for part, (title, row) in zip(parts, rows.items()):
+        part.suptitle(f"{title}: {row['question']}", fontsize=10, wrap=True)
+        num_keyframes = len(row["keyframes"])
+        thought, metadata = decode_video(
+            row["thought_video"]["bytes"],
+            lambda metadata, n=columns - num_keyframes: uniform_frame_indices(metadata.total_num_frames, n),
+        )
+        keyframes = [np.asarray(picture) for picture in row["keyframes"]]
+        names = [f"keyframe\n{seconds:.1f} s" for seconds in row["keyframe_timestamps"]]
+        names += [f"thought video\n{seconds:.1f} s" for seconds in metadata.timestamps]
+        _strip(part.subplots(1, columns), [*keyframes, *thought], names)
+
     similarity = np.array(result["similarity"])
     num_steps = similarity.shape[1]
-    shown = np.linspace(0, num_steps - 1, min(num_steps, 8)).round().astype(int)
-    figure = plt.figure(figsize=(12, 5), layout="constrained")
-    grid = figure.add_gridspec(2, len(shown), height_ratios=[1, 1.6])
-    per_step = len(frames) / num_steps
-    for column, step in enumerate(shown):
-        axes = figure.add_subplot(grid[0, column])
-        frame_idx = min(int(step * per_step), len(frames) - 1)
-        axes.imshow(frames[frame_idx])
-        axes.set_title(f"step {step}, {result['frame_seconds'][frame_idx]:.1f} s", fontsize=9)
-        axes.axis("off")
-    axes = figure.add_subplot(grid[1, :])
-    picture = axes.imshow(similarity, aspect="auto", cmap="viridis")
-    axes.set_xlabel("temporal grid step of the video (two frames each)")
-    axes.set_ylabel("latent slot")
-    axes.set_yticks(range(len(similarity)), [str(k + 1) for k in range(len(similarity))])
-    figure.colorbar(picture, ax=axes, label="cosine similarity")
-    figure.suptitle(f"{result['latent_length']} slots, stop: {result['latent_stop_reason']}")
-    figure.savefig(path, dpi=120)
+    shown = np.linspace(0, num_steps - 1, min(num_steps, columns)).round().astype(int)
+    # A temporal grid step holds two frames.
+    frame_idx = [min(int(step * len(frames) / num_steps), len(frames) - 1) for step in shown]
+    grid = parts[2].add_gridspec(2, len(shown), height_ratios=[1, 1.6])
+    axes = [parts[2].add_subplot(grid[0, column]) for column in range(len(shown))]
+    _strip(
+        axes,
+        list(frames[frame_idx]),
+        [f"step {s}, {result['frame_seconds'][f]:.1f} s" for s, f in zip(shown, frame_idx)],
+    )
+    below = parts[2].add_subplot(grid[1, :])
+    picture = below.imshow(similarity, aspect="auto", cmap="viridis")
+    below.set_xlabel("temporal grid step of the video (two frames each)")
+    below.set_ylabel("latent slot")
+    below.set_yticks(range(len(similarity)), [str(k + 1) for k in range(len(similarity))])
+    parts[2].colorbar(picture, ax=below, label="cosine similarity")
+    parts[2].suptitle(f"the model's block: {result['latent_length']} slots, stop: {result['latent_stop_reason']}")
+    figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _strip(axes: Sequence[Any], pictures: Sequence[np.ndarray], names: Sequence[str]) -> None:
+    for one in axes:
+        one.axis("off")
+    for one, picture, name in zip(axes, pictures, names):
+        one.imshow(picture)
+        one.set_title(name, fontsize=8)
 
 
 def answer_in_another_process(arguments: argparse.Namespace, model_name: str, video: Path) -> dict[str, Any]:
@@ -140,10 +179,10 @@ def answer_in_another_process(arguments: argparse.Namespace, model_name: str, vi
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--video", help="video file; a procedural clip by default")
+    parser.add_argument("--video", help="video file; a simulated clip by default")
     parser.add_argument("--question", default=QUESTION, help="what to ask (default: %(default)s)")
     parser.add_argument("--model", help="checkpoint folder or Hub id; a tiny random one by default")
-    parser.add_argument("--output", default="demo_output", help="folder for clip, checkpoint and picture")
+    parser.add_argument("--output", default="demo_output", help="folder for datasets, checkpoint and picture")
     parser.add_argument("--num_frames", type=int, default=16, help="frames to sample (default: %(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=24, help="length of block and answer together")
     parser.add_argument("--load-only", metavar="RESULT", help=argparse.SUPPRESS)
@@ -153,7 +192,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     if arguments.load_only is not None:
-        sys.modules["modeling_storms"] = sys.modules["recipes"] = None  # type: ignore[assignment]  # makes imports fail
+        for package in ("modeling_storms", "dataset_builder", "recipes"):
+            sys.modules[package] = None  # type: ignore[assignment]  # makes imports fail
         result = answer(
             arguments.model, arguments.video, arguments.question, arguments.num_frames, arguments.max_new_tokens
         )
@@ -166,11 +206,12 @@ def main() -> None:
 
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
-    video = Path(arguments.video) if arguments.video else write_clip(output / "bouncing_ball.mp4")
+    video = (Path(arguments.video) if arguments.video else write_clip(output / "bouncing_ball.mp4")).resolve()
     frames, metadata = decode_video(
         video, lambda metadata: uniform_frame_indices(metadata.total_num_frames, arguments.num_frames)
     )
-    print(f"Video     {video}: {metadata.total_num_frames} frames, {metadata.duration:.1f} s, {len(frames)} used")
+    print(f"Video     {video.name}: {metadata.total_num_frames} frames, {metadata.duration:.1f} s, {len(frames)} used")
+    simulated, given = build_rows(video, arguments.question, output)
     model_name = arguments.model
     if model_name is not None and Path(model_name).is_dir():
         model_name = str(Path(model_name).resolve())  # the other process runs in another folder
@@ -179,15 +220,15 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)  # it holds a copy of the code, which may be an older one
         init_checkpoint(InitArguments(output=str(folder), tiny=True))
         model_name = str(folder.resolve())
-    result = answer_in_another_process(arguments, model_name, video.resolve())
-    plot(result, frames, output / "latent_slots.png")
+    result = answer_in_another_process(arguments, model_name, video)
+    plot({"A simulated row": simulated, "A row of the video": given}, result, frames, output / "demo.png")
     print(f"Model     {model_name}\n          loaded as {result['loaded_class']}, without this package")
     print(f"Question  {arguments.question}")
     print(f"Block     {result['latent_length']} slots, stop reason: {result['latent_stop_reason']}")
     print(f"Answer    {result['answer']!r}")
     if arguments.model is None:
         print("          (the weights are random: this answer means nothing, only the way to it is real)")
-    print(f"Picture   {output / 'latent_slots.png'}")
+    print(f"Picture   {output / 'demo.png'}")
 
 
 if __name__ == "__main__":

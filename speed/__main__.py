@@ -1,7 +1,9 @@
-"""Measure what the latent mode costs.
+"""Measure what our code costs against the libraries it stands on.
 
-    python -m speed                      # the plain class against latent_mode="off", narrow models
-    python -m speed --device cuda --rounds 50 --output speed/results
+    python -m speed                      # all workloads
+    python -m speed off_mode             # generate: the plain class against latent_mode="off", narrow models
+    python -m speed decode --videos *.mp4    # frames a second: decord by itself against decode_video
+    python -m speed off_mode --device cuda --rounds 50 --output speed/results
 
 Every figure is a ratio of two ways measured in turns in one run: absolute times of shared processors are noise.
 """
@@ -12,16 +14,21 @@ import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from dataset_builder.thought_video import encode_video
+from modeling_storms.video_storms import decode_video, uniform_frame_indices
 from recipes.init_checkpoint import build_tiny_base, convert
 
 
@@ -51,64 +58,138 @@ def measure_off_mode(device: str, num_layers: int, rounds: int, new_tokens: int)
     }
     if ways["plain"]().tolist() != ways["off"]().tolist():
         raise RuntimeError("The two ways decode different tokens, so their times can't be compared.")
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for index in track(range(rounds), description=f"plain against off, {num_layers} layers"):
-        for name in list(ways) if index % 2 == 0 else reversed(list(ways)):
-            begin = time.perf_counter()
-            ways[name]()
-            if device != "cpu":
-                torch.accelerator.synchronize()
-            seconds[name].append(time.perf_counter() - begin)
-    ratios = [off / one for off, one in zip(seconds["off"], seconds["plain"])]
+    seconds = measure_in_turns(ways, rounds, f"plain against off, {num_layers} layers", device != "cpu")
     return {
         "workload": "generate, off mode against the plain class",
         "model": f"{num_layers} layers, hidden 64",
         "new_tokens": new_tokens,
-        "rounds": rounds,
+        **summarize(seconds, "off", "plain"),
+    }
+
+
+def measure_decode(video: Path, num_frames: int | None, rounds: int) -> dict[str, Any]:
+    """Seconds to open a file and decode frames spread evenly (all: None), decord by itself against `decode_video`."""
+    from decord import VideoReader  # the baseline
+
+    def choose(total_num_frames: int) -> np.ndarray:
+        return uniform_frame_indices(total_num_frames, num_frames or total_num_frames)
+
+    def bare() -> np.ndarray:
+        reader = VideoReader(str(video))
+        return reader.get_batch(choose(len(reader))).asnumpy()
+
+    def ours() -> np.ndarray:
+        return decode_video(video, lambda metadata: choose(metadata.total_num_frames))[0]
+
+    frames = ours()
+    if not np.array_equal(frames, bare()):
+        raise RuntimeError(f"{video.name}: the two ways decode different frames, so their times can't be compared.")
+    shown = "all" if num_frames is None else str(num_frames)
+    seconds = measure_in_turns({"decord": bare, "ours": ours}, rounds, f"decord against ours, {video.name}, {shown}")
+    result = summarize(seconds, "decord", "ours")  # of times, so that it is ours / decord of rates
+    return {
+        "workload": "decode, frame rate of decode_video against decord's own",
+        "video": f"{frames.shape[2]}x{frames.shape[1]}, {shown} frames",
+        **result,
+    }
+
+
+def clips(folder: Path) -> Iterator[Path]:
+    """H.264 clips of three sizes: a disc that moves over noise."""
+    for height, width, num_frames in ((112, 168, 48), (360, 640, 120), (720, 1280, 60)):
+        generator = np.random.default_rng(0)
+        background = generator.integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+        rows, columns = np.mgrid[:height, :width]
+        frames = np.repeat(background[None], num_frames, axis=0)
+        for frame_idx, frame in enumerate(frames):
+            x = width * (frame_idx + 0.5) / num_frames
+            frame[(rows - height / 2) ** 2 + (columns - x) ** 2 < (height / 6) ** 2] = (210, 40, 30)
+        path = folder / f"{width}x{height}.mp4"
+        path.write_bytes(encode_video(frames, 30))
+        yield path
+
+
+def measure_in_turns(
+    ways: dict[str, Callable[[], Any]], rounds: int, description: str, synchronize: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of each way in each round, in an order that alternates."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for index in track(range(rounds), description=description):
+        for name in list(ways) if index % 2 == 0 else reversed(list(ways)):
+            begin = time.perf_counter()
+            ways[name]()
+            if synchronize:
+                torch.accelerator.synchronize()
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def summarize(seconds: dict[str, list[float]], over: str, under: str) -> dict[str, Any]:
+    """Median over rounds of each round's own ratio `over / under`, and its quartiles."""
+    ratios = [a / b for a, b in zip(seconds[over], seconds[under])]
+    return {
+        "rounds": len(ratios),
         "median_seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "ratio_off_to_plain": statistics.median(ratios),
+        "ratio": statistics.median(ratios),
         "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
     }
 
 
+def write(name: str, results: list[dict[str, Any]], device: str, output: Path) -> None:
+    """Write a workload's JSON and print its table."""
+    device_name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine() + " CPU"
+    record = {
+        "command": " ".join(["python -m speed", *sys.argv[1:]]),
+        "machine": {"device": device_name, "threads": torch.get_num_threads()},
+        "versions": {package: version(package) for package in ("torch", "transformers", "decord")},
+        "results": results,
+    }
+    path = output / f"{name}_{device.split(':')[0]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    ways = list(results[0]["median_seconds"])
+    table = Table("", *ways, "ratio", "quartiles", title=results[0]["workload"])
+    for result in results:
+        low, high = result["ratio_quartiles"]
+        table.add_row(
+            result.get("model") or result["video"],
+            *(f"{result['median_seconds'][way] * 1e3:.1f} ms" for way in ways),
+            f"{result['ratio']:.3f}",
+            f"{low:.3f} to {high:.3f}",
+        )
+    Console().print(table, f"Written to {path}", sep="\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
+    parser.add_argument("workloads", nargs="*", metavar="workload", help="off_mode, decode (default: both)")
+    parser.add_argument("--device", default="cpu", help="torch device of off_mode (default: %(default)s)")
     parser.add_argument(
         "--num_layers",
         type=int,
         nargs="+",
         default=[3, 36],
-        help="decoder layers of the narrow models; the 3B model has 36 (default: 3 36)",
+        help="off_mode: decoder layers of the narrow models; the 3B model has 36 (default: 3 36)",
     )
+    parser.add_argument("--new_tokens", type=int, default=64, help="off_mode: tokens to generate (default: 64)")
+    parser.add_argument("--videos", type=Path, nargs="+", help="decode: files (default: clips encoded on the spot)")
     parser.add_argument("--rounds", type=int, default=40, help="paired measurements (default: %(default)s)")
-    parser.add_argument("--new_tokens", type=int, default=64, help="tokens to generate (default: %(default)s)")
-    parser.add_argument("--output", default="speed/results", help="folder for the JSON (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("speed/results"), help="folder for JSON (%(default)s)")
     arguments = parser.parse_args()
-    results = [
-        measure_off_mode(arguments.device, num_layers, arguments.rounds, arguments.new_tokens)
-        for num_layers in arguments.num_layers
-    ]
-    device = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.machine() + " CPU"
-    record = {
-        "command": " ".join(["python -m speed", *sys.argv[1:]]),
-        "machine": {"device": device, "threads": torch.get_num_threads()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "results": results,
-    }
-    path = Path(arguments.output) / f"off_mode_{arguments.device.split(':')[0]}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    table = Table("model", "plain", "off", "off / plain", "quartiles", title=results[0]["workload"])
-    for result in results:
-        low, high = result["ratio_quartiles"]
-        table.add_row(
-            result["model"],
-            *(f"{result['median_seconds'][name] * 1e3:.1f} ms" for name in ("plain", "off")),
-            f"{result['ratio_off_to_plain']:.3f}",
-            f"{low:.3f} to {high:.3f}",
-        )
-    Console().print(table, f"Written to {path}", sep="\n")
+    workloads = arguments.workloads or ["off_mode", "decode"]
+    if unknown := set(workloads) - {"off_mode", "decode"}:
+        parser.error(f"unknown workload {sorted(unknown)}: expected off_mode or decode")
+    if "off_mode" in workloads:
+        results = [
+            measure_off_mode(arguments.device, num_layers, arguments.rounds, arguments.new_tokens)
+            for num_layers in arguments.num_layers
+        ]
+        write("off_mode", results, arguments.device, arguments.output)
+    if "decode" in workloads:
+        with tempfile.TemporaryDirectory() as folder:
+            videos = arguments.videos or list(clips(Path(folder)))
+            results = [measure_decode(video, n, arguments.rounds) for video in videos for n in (None, 16)]
+        write("decode", results, "cpu", arguments.output)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def test_remote_code_files_are_flat_and_import_each_other_by_name():
 
 
 def test_videos_are_opened_in_one_place():
-    for package in ALLOWED:
+    for package in set(ALLOWED) - {"speed"}:  # which measures that place against decord itself
         for path in (ROOT / package).rglob("*.py"):
             if path.name != "video_storms.py":
                 assert not [m for m, _, _ in imports(path) if m.split(".")[0] in ("decord", "torchcodec", "cv2")], path

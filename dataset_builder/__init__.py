@@ -1,0 +1,1 @@
+"""Builds thought-video datasets: question -> keyframes -> plan -> thought video -> checked, published row."""

@@ -1,0 +1,1 @@
+"""Where questions about videos come from."""

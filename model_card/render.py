@@ -1,0 +1,70 @@
+"""Render cards: every number in them comes from a JSON file that one of the project's commands wrote."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetInfo, Features, SplitDict, SplitInfo
+from huggingface_hub import DatasetCard, DatasetCardData
+
+
+TEMPLATES = Path(__file__).parent
+TITLE = "STORMS thought videos"
+
+
+def render_dataset_card(
+    ledger: Mapping[str, Any],
+    features: Features,
+    sizes: Mapping[str, Mapping[str, int]],
+    download_size: int,
+    content_hash: str,
+) -> str:
+    """The README.md of a thought-video dataset, with the YAML that `load_dataset` and the Hub read.
+
+    Args:
+        ledger (`Mapping`): a build's `ledger.json`.
+        features (`Features`): the dataset's columns.
+        sizes (`Mapping`): for each split `num_examples` and `num_bytes` (media).
+        download_size (`int`): bytes of all data files.
+        content_hash (`str`): of the data files. `load_dataset` caches a local folder by this YAML alone, and would
+            otherwise go on giving the rows of an earlier build.
+    """
+    licenses = sorted({name for counts in ledger["licenses"].values() for name in counts})
+    splits = SplitDict({split: SplitInfo(name=split, **size) for split, size in sizes.items()})
+    info = DatasetInfo(features=features, splits=splits, download_size=download_size)
+    info.dataset_size = sum(size["num_bytes"] for size in sizes.values())
+    card_data = DatasetCardData(
+        pretty_name=TITLE,
+        license=licenses[0] if len(licenses) == 1 and licenses[0] != "unknown" else "other",
+        license_name=None if len(licenses) == 1 and licenses[0] != "unknown" else "see-column-license",
+        task_categories=["video-text-to-text", "visual-question-answering"],
+        tags=["video", "latent-reasoning", "thought-video", "storms"],
+        size_categories=[_size_category(ledger["accepted"])],
+        configs=[
+            {
+                "config_name": "default",
+                "description": f"sha256 {content_hash}",
+                "data_files": [{"split": split, "path": f"data/{split}-*.parquet"} for split in sizes],
+            }
+        ],
+        dataset_info=info._to_yaml_dict(),
+    )
+    card = DatasetCard.from_template(
+        card_data,
+        template_path=str(TEMPLATES / "dataset_card.md.jinja"),
+        title=TITLE,
+        ledger=ledger,
+        source=json.dumps(ledger["source"], sort_keys=True),
+        sizes=sizes,
+        stages={name: json.dumps(settings, sort_keys=True) for name, settings in ledger["stages"].items()},
+        is_simulated=set(ledger["licenses"]) == {"simulated"},
+    )
+    return str(card)
+
+
+def _size_category(num_rows: int) -> str:
+    for limit, name in ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K")):
+        if num_rows < limit:
+            return name
+    return "100K<n<1M"
