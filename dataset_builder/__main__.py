@@ -20,18 +20,22 @@ YAML file given by --config may hold any of them, and flags override it.
 """
 
 import json
+import os
 import sys
+import tarfile
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
 from trl import TrlParser
 
 from .arguments import FilterArguments, RunArguments, SourceArguments, TeacherArguments, ThoughtVideoArguments
 from .pipeline import collect, ledger_line, make_ledger, read_rows, run
-from .publish import check_published, publish, push
+from .publish import check_login, check_published, publish, push
 from .report import write_report
 from .schema import SchemaError
 from .sources import local_folder, video_r1
@@ -49,6 +53,12 @@ from .validate import TowerSimilarity
 COMMANDS = {"build": 5, "keyframes": 2, "plans": 3, "thought-videos": 4, "validate": 5, "report": 5, "publish": 5}
 ONCE = ("output", "push_to_hub", "private", "retry_rejected")  # options that a folder does not remember
 
+# What a user can do something about, told without a traceback.
+EXPECTED = (
+    *(ValueError, OSError, ImportError, EOFError, StagingError, TeacherSetupError),
+    *(zipfile.BadZipFile, tarfile.TarError),
+)
+
 Arguments = tuple[SourceArguments, TeacherArguments, ThoughtVideoArguments, FilterArguments, RunArguments]
 
 
@@ -59,10 +69,10 @@ def parse(command: str, argv: Sequence[str]) -> Arguments:
         prog=f"python -m dataset_builder {command}",
         description="Flags may also stand in a YAML file, given by --config.",
     )
-    argv = [part for flag in argv for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
+    argv = [part for flag in argv for part in (flag.split("=", 1) if flag.startswith("--") else [flag])]
     output = next((value for flag, value in pairwise(argv) if flag == "--output"), None)
     if command != "build" and output is not None and not {"--source", "--config"} & set(argv):
-        manifest = Staging(output).folder / "manifest.json"
+        manifest = Staging(output).manifest
         if manifest.is_file():
             parser.set_defaults_with_config(**json.loads(manifest.read_text())["arguments"])
     return parser.parse_args_and_config(argv)  # type: ignore[return-value]
@@ -86,13 +96,14 @@ def list_source(source: SourceArguments, staging: Staging) -> tuple[list[dict[st
         return list(list_simulated(worlds, source.num_rows, source.seed, source.fractions, dials)), [], "."
     assert source.video_root is not None
     assert source.questions is not None
-    lines = Path(source.exclude_videos).read_text(encoding="utf-8").splitlines() if source.exclude_videos else []
+    lines = Path(source.exclude_videos).read_text(encoding="utf-8-sig").splitlines() if source.exclude_videos else []
     root, refused = open_root(Path(source.video_root), staging.folder / "unpacked")
     module = local_folder if source.source == "local_folder" else video_r1
     rows = []
-    for row in module.list_rows(
+    listed = module.list_rows(
         Path(source.questions), root, source.license, source.seed, source.fractions, excluded_videos(lines)
-    ):
+    )
+    for row in tqdm(listed, desc="source", unit=" rows", disable=None):
         if isinstance(row, Refused):
             refused.append(row)
         else:
@@ -113,7 +124,14 @@ def make_stages(
     if teacher.teacher == "openai":
         concurrency = teacher.concurrency
         asked = OpenAITeacher(
-            teacher.model, teacher.base_url, teacher.api_key_env, teacher.timeout, teacher.max_retries
+            teacher.model,
+            teacher.base_url,
+            teacher.api_key_env,
+            teacher.timeout,
+            teacher.max_retries,
+            teacher.max_image_side,
+            teacher.temperature,
+            teacher.teacher_seed,
         )
     generator: ThoughtVideoGenerator
     match thought_video.generator or ("simulated" if source.source == "simulated" else "source_clip"):
@@ -147,16 +165,20 @@ def execute(command: str, arguments: Arguments) -> None:
     source, teacher, thought_video, filters, options = arguments
     staging = Staging(source.output)
     output = Path(source.output)
-    if command == "validate" and not staging.folder.exists():
+    if command == "validate" and not staging.folder.exists() and (output / "data").exists():
         return _report_check(output)
+    if options.push_to_hub and command in ("build", "publish"):
+        check_login()  # a wrong token shows now, not after hours
     with staging.lock():
         if command in ("report", "publish"):
             rows, refused = read_rows(staging)
+            public = json.loads(staging.manifest.read_text())["source"]
             video_root = source.video_root or "."
-            if source.source != "simulated":
+            if source.video_root is not None and options.embed_video:  # otherwise the source itself is not needed
                 video_root = str(open_root(Path(video_root), staging.folder / "unpacked")[0])
         else:
             rows, refused, video_root = list_source(source, staging)
+            public = source.public
         stages = make_stages(source, teacher, thought_video, filters, video_root)[: COMMANDS[command]]
         distance = filters.max_duplicate_distance if len(stages) == COMMANDS["build"] else None
         if command not in ("report", "publish"):
@@ -175,7 +197,7 @@ def execute(command: str, arguments: Arguments) -> None:
             )
             rows, refused = read_rows(staging)
         outcomes = collect(staging, stages, rows, refused, distance)
-        ledger = make_ledger(outcomes, stages, source.public, teacher.input_price, teacher.output_price)
+        ledger = make_ledger(outcomes, stages, public, teacher.input_price, teacher.output_price)
         if command in ("build", "publish"):
             max_shard_bytes = options.max_shard_mb * 1_000_000
             publish(staging, outcomes, stages, ledger, video_root, options.embed_video, max_shard_bytes)
@@ -187,15 +209,23 @@ def execute(command: str, arguments: Arguments) -> None:
             _report_check(output)
         print(f"Ledger    {ledger_line(ledger)}")
         if not ledger["accepted"]:
-            raise ValueError("No row passed. The ledger has each one's reason.")
+            raise ValueError(
+                "No row passed: ledger.json has each one's reason. Data of an earlier build are as they were."
+                if outcomes
+                else "The source holds no rows."
+            )
         if options.push_to_hub and command in ("build", "publish"):
             print(f"Pushed    {push(output, options.push_to_hub, options.private)}")
 
 
 def _write_manifest(staging: Staging, arguments: Arguments, stages: Sequence[Stage]) -> None:
     remembered = {name: value for part in arguments for name, value in asdict(part).items() if name not in ONCE}
-    manifest = {"arguments": remembered, "stages": {stage.name: stage.settings() for stage in stages}}
-    staging.write_atomically(staging.folder / "manifest.json", json.dumps(manifest, indent=2).encode())
+    manifest = {
+        "arguments": remembered,
+        "source": arguments[0].public,
+        "stages": {stage.name: stage.settings() for stage in stages},
+    }
+    staging.write_atomically(staging.manifest, json.dumps(manifest, indent=2).encode())
 
 
 def _report_check(output: Path) -> None:
@@ -216,8 +246,12 @@ def main(argv: Sequence[str]) -> None:
         raise SystemExit(f"Unknown command {command!r}. Known: {', '.join(COMMANDS)}.")
     try:
         execute(command, parse(command, flags))
-    except (ValueError, FileNotFoundError, StagingError, TeacherSetupError, ImportError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    except KeyboardInterrupt:
+        print("\nInterrupted. Finished rows are kept: the same command goes on.", file=sys.stderr, flush=True)
+        os._exit(130)  # now: requests in flight would be waited for
+    except EXPECTED as error:
+        notes = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+        raise SystemExit(f"{type(error).__name__}: {error}{notes}") from error
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """What a build can be told, by flags and YAML alike."""
 
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from .engines import ENGINES
 from .schema import SPLITS
@@ -16,6 +19,27 @@ GENERATORS = ("simulated", "source_clip", "wan")
 
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
+
+
+def _check_types(part: Any) -> None:
+    """Check values that came from a YAML file, which flags' parser takes as they are; a single text becomes a list."""
+    for name, hint in get_type_hints(type(part)).items():
+        value = getattr(part, name)
+        if get_origin(hint) is list and isinstance(value, str):
+            value = [value]
+        known = get_args(hint) if NoneType in get_args(hint) else (hint,)
+        if float in known and type(value) is int:
+            value = float(value)
+        is_texts = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        if not (is_texts if get_origin(hint) is list else type(value) in known):
+            names = [getattr(kind, "__name__", str(kind)) for kind in known if kind is not NoneType]
+            raise ValueError(f"--{name}: saw {value!r}, expected {names[0]}{' or null' if len(known) > 1 else ''}.")
+        setattr(part, name, value)
+
+
+def _absolute(path: str | None) -> str | None:
+    """Workers, and later commands, may run in another folder."""
+    return None if path is None else os.path.abspath(os.path.expanduser(path))
 
 
 @dataclass
@@ -46,9 +70,12 @@ class SourceArguments:
     max_video_seconds: float | None = _option(None, "Refuse longer source videos or segments.")
 
     def __post_init__(self):
+        _check_types(self)
         _one_of("--source", self.source, SOURCES)
         if not self.output:
             raise ValueError("--output is missing: the folder to build in.")
+        for name in ("output", "questions", "video_root", "exclude_videos"):
+            setattr(self, name, _absolute(getattr(self, name)))
         if self.num_rows is not None and self.num_rows < 1:
             raise ValueError(f"--num_rows: saw {self.num_rows}, expected 1 or more.")
         if self.source == "simulated":
@@ -99,6 +126,9 @@ class TeacherArguments:
     model: str = _option("gpt-4o", "The server's model.")
     base_url: str | None = _option(None, "The server, for example http://localhost:8000/v1. OpenAI's by default.")
     api_key_env: str = _option("OPENAI_API_KEY", "Environment variable that holds the key. The key is never written.")
+    temperature: float | None = _option(0.0, "Sampling temperature; none in a YAML file for models that refuse it.")
+    teacher_seed: int | None = _option(0, "Sampling seed; none in a YAML file for servers that refuse it.")
+    max_image_side: int = _option(512, "Pixels of a frame's longer side, as the server is sent it.")
     timeout: float = _option(60.0, "Seconds until a request is given up.")
     max_retries: int = _option(5, "Times a request is repeated after 429, 5xx and lost connections, ever more slowly.")
     max_attempts: int = _option(3, "Times a row is asked about if the answer can't be used.")
@@ -109,6 +139,7 @@ class TeacherArguments:
     output_price: float = _option(0.0, "US dollars per million output tokens, for the ledger.")
 
     def __post_init__(self):
+        _check_types(self)
         _one_of("--teacher", self.teacher, TEACHERS)
         for name in ("max_attempts", "concurrency", "num_candidates", "max_keyframes"):
             if getattr(self, name) < 1:
@@ -142,8 +173,11 @@ class ThoughtVideoArguments:
     wan_seed: int = _option(0, "wan: together with the row's id it decides the noise.")
 
     def __post_init__(self):
+        _check_types(self)
         if self.generator is not None:
             _one_of("--generator", self.generator, GENERATORS)
+        if Path(self.wan_model).is_dir():
+            self.wan_model = os.path.abspath(self.wan_model)
 
 
 @dataclass
@@ -154,6 +188,9 @@ class FilterArguments(Thresholds):
     tower_revision: str | None = _option(None, "The tower's revision.")
 
     def __post_init__(self):
+        _check_types(self)
+        if self.tower is not None and Path(self.tower).is_dir():
+            self.tower = os.path.abspath(self.tower)
         if self.min_tower_similarity is not None and self.tower is None:
             raise ValueError("--min_tower_similarity needs --tower, the model that measures it.")
 
@@ -170,7 +207,13 @@ class RunArguments:
     private: bool = _option(False, "Whether a dataset newly made there is private.")
 
     def __post_init__(self):
+        _check_types(self)
         _one_of("--engine", self.engine, ENGINES)
+        for name in ("num_workers", "max_shard_mb", "max_report_rows"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name}: saw {getattr(self, name)}, expected 1 or more.")
+        if self.push_to_hub is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.push_to_hub):
+            raise ValueError(f"--push_to_hub {self.push_to_hub!r}: expected 'name' or 'organization/name'.")
 
 
 def _one_of(flag: str, value: str, known: Any) -> None:

@@ -63,12 +63,21 @@ def run_ray(output: str, stages: Sequence[Stage], rows: Sequence[str], num_worke
             StagedStage,
             fn_constructor_args=(output, list(stages), stage_idx),
             batch_size=4 * stage.concurrency if stage.concurrency > 1 else 1,
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(num_workers or available, available)),
+            # Rows that wait do so in one actor's threads: `concurrency` limits all requests in flight.
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1, max_size=1 if stage.concurrency > 1 else min(num_workers or available, available)
+            ),
             num_cpus=0.1,  # every pool holds an actor at once: whole CPUs would leave none for the last pool
             num_gpus=stage.num_gpus,
         )
-    for _ in data.iter_batches():
-        pass
+    try:
+        for _ in data.iter_batches():
+            pass
+    except ray.exceptions.RayError as error:
+        cause: BaseException | None = error
+        while cause is not None and type(cause).__module__.startswith("ray."):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        raise cause or error from None  # what went wrong, without a hundred lines of where
 
 
 ENGINES = {"local": run_local, "ray": run_ray}

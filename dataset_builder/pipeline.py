@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .engines import ENGINES
@@ -59,13 +59,13 @@ def run(
         target (`int`): rows wanted.
         engine (`str`): a key of `ENGINES`.
         num_workers (`int`, *optional*): see `run_local`.
-        retry_rejected (`bool`): try again the rows that were refused for a passing reason.
+        retry_rejected (`bool`): try again the rows that were refused for a passing reason or by the teacher.
         max_duplicate_distance (`float`, *optional*): see `collect`.
     """
     taken = min(target, len(rows))
     if retry_rejected:
         for row in rows:
-            staging.forget_transient(row, stages)
+            staging.forget_rejection(row, stages)
     while True:
         _write_rows(staging, rows[:taken], refused)
         pending = [row for row in rows[:taken] if staging.progress(row, stages).missing is not None]
@@ -165,7 +165,7 @@ def make_ledger(
             usage.update(details.get("usage", {}))
     cost = (usage["input_tokens"] * input_price + usage["output_tokens"] * output_price) / 1e6
     return {
-        "storms_version": version("storms"),
+        "storms_version": _version(),
         "accepted": len(accepted),
         "rejected": len(rejected),
         "splits": {split: count for split in SPLITS if (count := sum(o.columns["split"] == split for o in accepted))},
@@ -181,6 +181,13 @@ def make_ledger(
             for one, rejection in rejected
         ],
     }
+
+
+def _version() -> str:
+    try:
+        return version("storms")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _count(outcomes: Sequence[Outcome], first: str, second: str, only: str | None = None) -> dict[str, dict[str, int]]:

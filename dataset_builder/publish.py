@@ -3,19 +3,22 @@
 import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import HfApi
+from tqdm.auto import tqdm
 
 from model_card.render import render_dataset_card
 from modeling_storms.video_storms import VideoDecodeError, decode_video
 
 from .pipeline import Outcome
 from .schema import FEATURES, SPLITS, SchemaError, check_row
+from .sources.questions import file_stat
 from .stages import Stage
-from .staging import MEDIA_COLUMNS, Staging
+from .staging import MEDIA_COLUMNS, Staging, StagingError
 
 
 # Licences under which a source's clip may be passed on.
@@ -49,7 +52,8 @@ def publish(
         max_shard_bytes (`int`): media in one file, about.
 
     Returns:
-        The folder, which `load_dataset(folder)` loads. Without an accepted row it holds the ledger alone.
+        The folder, which `load_dataset(folder)` loads. Without an accepted row only the ledger is written, and the
+        data of an earlier build stay as they are.
 
     Raises:
         SchemaError: if a row breaks the contract: nothing is published then.
@@ -62,12 +66,15 @@ def publish(
     sizes = {}
     for split in SPLITS:
         rows = [one for one in accepted if one.columns["split"] == split]
-        shards = _shards(rows, max_shard_bytes)
+        shards = _shards(rows, max_shard_bytes, embed_video)
         for index, shard in enumerate(shards):
             path = new / "data" / f"{split}-{index:05d}-of-{len(shards):05d}.parquet"
             _write_parquet(path, _published_rows(staging, shard, stages, video_root, embed_video))
         if rows:
-            sizes[split] = {"num_examples": len(rows), "num_bytes": sum(map(_media_bytes, rows))}
+            sizes[split] = {
+                "num_examples": len(rows),
+                "num_bytes": sum(_media_bytes(row, embed_video) for row in rows),
+            }
     (new / "ledger.json").write_text(json.dumps(ledger, indent=2) + "\n")
     if accepted:
         files = sorted((new / "data").iterdir())
@@ -78,9 +85,9 @@ def publish(
         download_size = sum(path.stat().st_size for path in files)
         card = render_dataset_card(ledger, FEATURES, sizes, download_size, content_hash.hexdigest())
         (new / "README.md").write_text(card, encoding="utf-8")
+        _replace(new, output, staging.folder / "tmp" / "replaced")
     else:
-        (new / "data").rmdir()
-    _replace(new, output, staging.folder / "tmp" / "replaced")
+        os.replace(new / "ledger.json", output / "ledger.json")
     return output
 
 
@@ -91,18 +98,23 @@ def _replace(new: Path, output: Path, old: Path) -> None:
     if (output / "data").exists():
         os.replace(output / "data", old)
     for name in ("data", "ledger.json", "README.md"):
-        if (new / name).exists():
-            os.replace(new / name, output / name)
+        os.replace(new / name, output / name)
     shutil.rmtree(old, ignore_errors=True)
     new.rmdir()
 
 
-def _media_bytes(outcome: Outcome) -> int:
+def _is_embedded(columns: Mapping[str, Any], embed_video: bool) -> bool:
+    """Whether a real source clip goes into the row."""
+    return embed_video and columns["video"] is None and columns["license"] in OPEN_LICENSES
+
+
+def _media_bytes(outcome: Outcome, embed_video: bool) -> int:
+    embedded = int(outcome.columns["video_stat"].split("-")[0]) if _is_embedded(outcome.columns, embed_video) else 0
     values = [outcome.columns[name] for name in MEDIA_COLUMNS if outcome.columns[name] is not None]
-    return sum(one["size"] for value in values for one in (value if isinstance(value, list) else [value]))
+    return embedded + sum(one["size"] for value in values for one in (value if isinstance(value, list) else [value]))
 
 
-def _shards(rows: Sequence[Outcome], max_bytes: int) -> list[list[Outcome]]:
+def _shards(rows: Sequence[Outcome], max_bytes: int, embed_video: bool) -> list[list[Outcome]]:
     shards: list[list[Outcome]] = []
     filled = max_bytes
     for row in rows:
@@ -110,7 +122,7 @@ def _shards(rows: Sequence[Outcome], max_bytes: int) -> list[list[Outcome]]:
             shards.append([])
             filled = 0
         shards[-1].append(row)
-        filled += _media_bytes(row)
+        filled += _media_bytes(row, embed_video)
     return shards
 
 
@@ -118,7 +130,7 @@ def _published_rows(
     staging: Staging, outcomes: Sequence[Outcome], stages: Sequence[Stage], video_root: str | None, embed_video: bool
 ) -> Iterator[dict[str, Any]]:
     settings = {stage.name: stage.settings() for stage in stages if stage.name != "quality"}
-    for one in outcomes:
+    for one in tqdm(outcomes, desc="publish", unit="row", disable=None):
         columns = dict(one.columns)
         made_by = {
             name: {**own, **{key: value for key, value in one.details[name].items() if key != "usage"}}
@@ -127,8 +139,11 @@ def _published_rows(
         columns["generator"] = json.dumps(made_by, sort_keys=True)
         columns["quality"] = json.dumps(one.scores, sort_keys=True)
         row = staging.load({name: columns[name] for name in FEATURES})
-        if embed_video and row["video"] is None and row["license"].lower() in OPEN_LICENSES:
-            row["video"] = {"bytes": (Path(video_root or ".") / row["video_path"]).read_bytes(), "path": None}
+        if _is_embedded(row, embed_video):
+            root = Path(video_root or ".")
+            if file_stat(root, row["video_path"]) != columns["video_stat"]:
+                raise StagingError(f"{row['video_path']} changed since its row was built: build again.")
+            row["video"] = {"bytes": (root / row["video_path"]).read_bytes(), "path": None}
         check_row(row)
         yield row
 
@@ -150,36 +165,51 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], rows_in_group: in
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
 
 
+def check_login() -> None:
+    """Ask the Hub who we are.
+
+    Raises:
+        ConnectionError: if it can't be reached, or knows no such token.
+    """
+    try:
+        HfApi().whoami()
+    except Exception as error:  # the client's transport has errors of its own, which change with its version
+        raise ConnectionError(f"The Hub does not let us in: {error} Log in by `hf auth login`.") from error
+
+
 def push(output: Path, repo_id: str, private: bool = False) -> str:
     """Push a published folder in one commit; data files of an earlier version are deleted with it.
 
     Args:
         output (`Path`): the folder.
-        repo_id (`str`): dataset on the Hub, made if missing.
+        repo_id (`str`): dataset on the Hub, `name` or `organization/name`, made if missing.
         private (`bool`): whether a new one is private.
 
     Returns:
         The commit's address.
 
     Raises:
-        ValueError: if the folder has not been published, or `repo_id` is not `name` or `organization/name`.
+        ValueError: if the folder has not been published.
+        ConnectionError: if the Hub refuses it or can't be reached. The folder stays as it is.
     """
-    from huggingface_hub import HfApi
-
     if not (output / "README.md").is_file():
         raise ValueError(f"{output} is not published yet: run `python -m dataset_builder publish --output {output}`.")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id):
-        raise ValueError(f"--push_to_hub {repo_id!r}: expected 'name' or 'organization/name'.")
     api = HfApi()
-    repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-    return api.upload_folder(
-        repo_id=repo_id,
-        repo_type="dataset",
-        folder_path=output,
-        allow_patterns=list(PUBLISHED),
-        delete_patterns=["data/*.parquet"],
-        commit_message="Publish dataset",
-    ).commit_url
+    try:
+        repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+        return api.upload_folder(
+            repo_id=repo_id,
+            repo_type="dataset",
+            folder_path=output,
+            allow_patterns=list(PUBLISHED),
+            delete_patterns=["data/*.parquet"],
+            commit_message="Publish dataset",
+        ).commit_url
+    except Exception as error:  # see `check_login`
+        raise ConnectionError(
+            f"Pushing to {repo_id} failed: {error} The dataset is in {output}; to push it again, run "
+            f"`python -m dataset_builder publish --output {output} --push_to_hub {repo_id}`."
+        ) from error
 
 
 def check_published(folder: Path) -> tuple[int, list[str]]:
@@ -196,20 +226,23 @@ def check_published(folder: Path) -> tuple[int, list[str]]:
     files = sorted((folder / "data").glob("*.parquet"))
     if not files:
         raise ValueError(f"{folder} holds no data/*.parquet: build or publish it first.")
-    faults, seen = [], set()
-    for path in files:
+    faults: list[str] = []
+    seen: set[str] = set()
+    num_rows = 0
+    for path in tqdm(files, desc="check", unit="file", disable=None):
         for batch in pq.ParquetFile(path).iter_batches(batch_size=16):
             for row in batch.to_pylist():
+                num_rows += 1
                 try:
                     check_row(row)
                     if row["id"] in seen:
                         raise SchemaError(f"Row {row['id']!r} occurs twice, expected each id once.")
                     frames, metadata = decode_video(row["thought_video"]["bytes"])
-                    decoded = (len(frames), round(metadata.fps, 1))
-                    recorded = (row["thought_video_num_frames"], round(row["thought_video_fps"], 1))
-                    if decoded != recorded:
+                    decoded = (len(frames), metadata.fps)
+                    recorded = (row["thought_video_num_frames"], row["thought_video_fps"])
+                    if decoded[0] != recorded[0] or abs(decoded[1] / recorded[1] - 1) > 0.01:
                         raise SchemaError(f"Row {row['id']!r}: decoded {decoded} frames and fps, recorded {recorded}.")
                 except (SchemaError, VideoDecodeError) as error:
                     faults.append(f"{path.name}: {error}")
                 seen.add(row.get("id"))
-    return len(seen), faults
+    return num_rows, faults

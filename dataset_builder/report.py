@@ -10,11 +10,11 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from modeling_storms.video_storms import decode_video, uniform_frame_indices
+from modeling_storms.video_storms import decode_video
 
 from .pipeline import Outcome, ledger_line
 from .schema import LETTERS
-from .stages import decode_image
+from .stages import decode_image, segment_sampler
 from .staging import Staging
 
 
@@ -49,10 +49,7 @@ def _describe(staging: Staging, outcome: Outcome) -> dict[str, Any]:
     keyframes = [_picture(decode_image(keyframe["bytes"])) for keyframe in media.get("keyframes", ())]
     strip = []
     if "thought_video" in media and not outcome.is_undecodable:
-        frames, _ = decode_video(
-            media["thought_video"]["bytes"],
-            lambda metadata: uniform_frame_indices(metadata.total_num_frames, STRIP_FRAMES),
-        )
+        frames, _ = decode_video(media["thought_video"]["bytes"], segment_sampler(None, None, STRIP_FRAMES))
         strip = [_picture(frame) for frame in frames]
     options = columns.get("options", [])
     return {

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from datasets import Features, Image, List, Value, Video
 
@@ -111,7 +112,7 @@ def check_columns(columns: Mapping[str, Any], row_id: str) -> None:
             values = value if isinstance(feature, List) else [value]
             try:
                 array = pa.array(values, kind.pa_type)
-            except (pa.ArrowException, TypeError, OverflowError):
+            except (pa.ArrowException, TypeError, OverflowError, UnicodeError):
                 fail(name, f"{kind.dtype} values")
             if not isinstance(values, list) or array.null_count:
                 fail(name, f"a list of {kind.dtype} values, none of them null")
@@ -130,8 +131,11 @@ def check_columns(columns: Mapping[str, Any], row_id: str) -> None:
     for name in ("video_start", "video_end"):
         if columns.get(name) is not None and columns[name] < 0:
             fail(name, "seconds from 0 on, or null")
+    for name in ("id", "video_id"):
+        if name in columns and re.match(r"[/\\~]|[A-Za-z]:[\\/]", columns[name]):
+            fail(name, "a name that is no path of a machine")
     start, end = columns.get("video_start"), columns.get("video_end")
-    if start is not None and end is not None and end <= start:
+    if start is not None and end is not None and np.float32(end) <= np.float32(start):
         fail("video_end", f"more than video_start ({start})")
     if "problem_type" in columns:
         if columns["problem_type"] not in (MULTIPLE_CHOICE, FREE_FORM):
@@ -185,7 +189,9 @@ def check_row(row: Mapping[str, Any]) -> None:
 def is_machine_path(path: str) -> bool:
     """Whether a path leaves the folder it is relative to: absolute (POSIX, drive letter, URL) or through `..`."""
     parts = re.split(r"[\\/]", path)
-    return ".." in parts or parts[0] in ("", "~") or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", path) is not None
+    return (
+        ".." in parts or parts[0] in ("", "~") or re.match(r"[A-Za-z]:|[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
+    )
 
 
 def _is_media(value: Any, magic: bytes = b"", at: int = 0) -> bool:

@@ -6,7 +6,6 @@ The same class runs under every engine, and by itself: `Dataset.map(KeyframeStag
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cached_property
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from PIL import Image
 
 from modeling_storms.video_storms import DecodedVideoMetadata, VideoDecodeError, decode_video
@@ -247,6 +247,7 @@ class QualityStage(Stage):
 
     def __init__(self, thresholds: Thresholds, tower: TowerSimilarity | None = None):
         self.thresholds, self.tower = thresholds, tower
+        self.num_gpus = int(tower is not None and torch.cuda.is_available())
 
     def settings(self) -> dict[str, Any]:
         per_row = {field.name for field in fields(Thresholds)} - {"max_duplicate_distance"}
@@ -285,19 +286,21 @@ def decode_source(
         return decode_video(source, segment_sampler(row["video_start"], row["video_end"], num_frames))
     except VideoDecodeError as error:
         # Up to here errors name the file as this machine knows it.
-        raise Rejected("undecodable", str(error).replace(os.fspath(video_root), "").lstrip("/")) from error
+        raise Rejected("undecodable", str(error).replace(str(source), row["video_path"])) from error
 
 
 def segment_sampler(
     start: float | None, end: float | None, num_frames: int
 ) -> Callable[[DecodedVideoMetadata], np.ndarray]:
-    """Chooses `num_frames` frame indices, evenly from the first to the last frame between two times in seconds."""
+    """Chooses `num_frames` frame indices, evenly from the first to the last frame between two times in seconds.
+
+    Where there are fewer frames, each once. It is for `decode_video`.
+    """
 
     def choose(metadata: DecodedVideoMetadata) -> np.ndarray:
-        first = int(np.ceil((start or 0.0) * metadata.fps - 1e-3))
-        last = metadata.total_num_frames - 1
-        if end is not None:
-            last = min(last, int(np.floor(end * metadata.fps + 1e-3)))
+        times: Any = metadata.frame_timestamps
+        first = int(np.searchsorted(times, (start or 0.0) - 1e-3))
+        last = int(np.searchsorted(times, np.inf if end is None else end - 1e-3)) - 1
         if first > last:
             raise Rejected(
                 "bad_segment",

@@ -52,6 +52,7 @@ class Staging:
 
     def __init__(self, output: str | Path):
         self.folder = Path(output) / ".staging"
+        self.manifest = self.folder / "manifest.json"
 
     def write_atomically(self, path: Path, data: bytes) -> None:
         """Write a file under another name and rename it: readers see all of it or nothing."""
@@ -75,7 +76,7 @@ class Staging:
             try:
                 # Unlike flock, this lock dies with the process that took it, even if its forked workers live on.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except (BlockingIOError, PermissionError) as error:
                 raise StagingError(
                     f"Another build is writing to {self.folder.parent}. Wait for it, or choose another --output."
                 ) from error
@@ -159,11 +160,13 @@ class Staging:
             progress.columns.update({name: record[name] for name in stage.outputs})
         return progress
 
-    def forget_transient(self, row: Mapping[str, Any], stages: Sequence[Stage]) -> None:
-        """Remove a row's rejection if it may pass another time."""
+    def forget_rejection(self, row: Mapping[str, Any], stages: Sequence[Stage]) -> None:
+        """Remove a row's rejection if it may pass another time: for a passing reason, or by a teacher."""
         progress = self.progress(row, stages)
-        if progress.rejection is not None and progress.rejection["transient"] and progress.last_record is not None:
-            progress.last_record.unlink(missing_ok=True)
+        if progress.rejection is not None and progress.last_record is not None:
+            was_asked = "attempts" in progress.details[progress.rejection["stage"]]
+            if progress.rejection["transient"] or was_asked:
+                progress.last_record.unlink(missing_ok=True)
 
 
 class StagedStage:
@@ -182,8 +185,11 @@ class StagedStage:
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
         """Batch of one column, `row`: source rows as JSON. The same comes back."""
         rows = [str(row) for row in batch["row"]]
-        with ThreadPoolExecutor(self.stage.concurrency) as pool:
+        pool = ThreadPoolExecutor(self.stage.concurrency)
+        try:
             list(pool.map(self._process, rows))
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a failure nothing new is begun
         return {"row": rows}
 
     def _process(self, row: str) -> None:
@@ -198,6 +204,9 @@ class StagedStage:
         try:
             result = self.stage({name: [value] for name, value in inputs.items()})
         except Exception as error:
-            error.add_note(f"(in stage {self.stage.name!r}, row {inputs['id']!r}; rows before it are staged)")
+            error.add_note(
+                f"(In stage {self.stage.name!r}, row {inputs['id']!r}. Finished rows are kept. To go on without it, "
+                "name its video in a file for --exclude_videos.)"
+            )
             raise
         self.staging.write(path, {name: values[0] for name, values in result.items()})

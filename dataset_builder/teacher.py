@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from PIL import Image
 
-from .schema import LETTERS, Rejected
+from .schema import LETTERS, Rejected, is_machine_path
 
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -272,7 +272,9 @@ class OpenAITeacher:
     def settings(self) -> dict[str, Any]:
         return {
             "kind": self.name,
-            "model": self.model,
+            "model": Path(self.model).name
+            if is_machine_path(self.model)
+            else self.model,  # servers name models by paths
             "temperature": self.temperature,
             "seed": self.seed,
             "max_image_side": self.max_image_side,
@@ -430,7 +432,7 @@ class OpenAITeacher:
             return Rejected("teacher_unreachable", cause, details, transient=True)
         if status in (408, 409) or status >= 500:
             return Rejected("teacher_server_error", what, details, transient=True)
-        return Rejected("teacher_bad_request", what, details)
+        return Rejected("teacher_bad_request", what, details, transient=True)  # mostly the server's, rarely the row's
 
     @cached_property
     def _client(self) -> Any:

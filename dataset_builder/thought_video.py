@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers.utils import logging
-from transformers.video_utils import VideoMetadata
 
-from modeling_storms.video_storms import VideoDecodeError, decode_video
+from modeling_storms.video_storms import DecodedVideoMetadata, VideoDecodeError, decode_video
 
 from .schema import Rejected, is_machine_path
 
@@ -118,7 +117,9 @@ class SourceClipGenerator:
         max_side (`int`): pixels; a larger frame is scaled down, a smaller one is left as it is.
     """
 
-    inputs: ClassVar[tuple[str, ...]] = ("video", "video_path", "video_start", "video_end", "keyframe_indices")
+    inputs: ClassVar[tuple[str, ...]] = (
+        *("video", "video_path", "video_stat", "video_start", "video_end", "keyframe_indices"),
+    )
     num_gpus: ClassVar[int] = 0
 
     video_root: str | PathLike
@@ -147,28 +148,39 @@ class SourceClipGenerator:
             )
         except VideoDecodeError as error:
             raise Rejected("undecodable", str(error).replace(str(path), row["video_path"])) from error
-        indices = metadata.frames_indices
-        step = indices[1] - indices[0]
-        return self._fit(frames), metadata.fps / step, {"first_frame": indices[0], "frame_step": step}
+        indices, times = metadata.frames_indices, metadata.timestamps
+        fps, steps = (len(indices) - 1) / (times[-1] - times[0]), np.unique(np.diff(indices))
+        if len(steps) == 1 and abs(metadata.fps / steps[0] / fps - 1) < 0.02:
+            fps = metadata.fps / int(steps[0])  # the exact rate: containers round times
+        return self._fit(frames), fps, {"first_frame": indices[0], "last_frame": indices[-1]}
 
-    def _indices(self, row: dict[str, Any], metadata: VideoMetadata) -> np.ndarray:
-        fps, first, last = metadata.fps, row["keyframe_indices"][0], row["keyframe_indices"][-1]
+    def _indices(self, row: dict[str, Any], metadata: DecodedVideoMetadata) -> np.ndarray:
+        times = metadata.frame_timestamps
+        assert times is not None
+        first, last = row["keyframe_indices"][0], row["keyframe_indices"][-1]
         if last >= metadata.total_num_frames:
             raise Rejected(
                 "undecodable",
                 f"keyframe {last} of {row['video_path']!r}, which has {metadata.total_num_frames} frames: the file is "
                 "not the one that the keyframes were picked from",
             )
-        stop = metadata.total_num_frames
+        tick = 1 / metadata.fps  # how long a frame is shown
+        min_seconds = max(self.min_seconds, 2 * tick)
+        end = times[-1] + tick
         if row["video_end"] is not None:
-            stop = min(stop, max(round(row["video_end"] * fps), last + 1))
-        earliest = min(first, round((row["video_start"] or 0) * fps))
-        min_frames = max(2, math.ceil(self.min_seconds * fps))
-        stop = min(stop, max(last + 1 + round(self.margin_seconds * fps), first + min_frames))
-        start = max(earliest, min(first, stop - min_frames))
+            end = min(end, max(row["video_end"], times[last] + tick))
+        end = min(end, max(times[last] + tick + self.margin_seconds, times[first] + min_seconds))
+        stop = int(np.searchsorted(times, end - 1e-3))
+        earliest = min(first, int(np.searchsorted(times, (row["video_start"] or 0) - 1e-3)))
+        start = max(earliest, min(first, int(np.searchsorted(times, end - min_seconds - 1e-3))))
         if stop - start < 2:
             raise Rejected("too_short", f"{stop - start} frame between video_start and video_end, expected at least 2")
-        return np.arange(start, stop, math.ceil((stop - start) / self.max_frames))
+        indices = np.arange(start, stop, math.ceil((stop - start) / self.max_frames))
+        steps = np.diff(times[indices])
+        if steps.max() > 1.5 * steps.mean():  # the frame rate varies: at each moment, the frame that is shown then
+            moments = np.linspace(times[start], times[stop - 1], len(indices))
+            indices = np.searchsorted(times, moments + 1e-3, side="right") - 1
+        return indices
 
     def _fit(self, frames: np.ndarray) -> np.ndarray:
         height, width = frames.shape[1:3]

@@ -53,7 +53,7 @@ class Thresholds:
     """
 
     min_thought_seconds: float = _limit(0.3, "Refuse shorter thought videos.")
-    max_thought_seconds: float = _limit(120.0, "Refuse longer ones.")
+    max_thought_seconds: float = _limit(600.0, "Refuse longer ones.")
     min_motion: float = _limit(5e-6, "Least mean change of brightness from frame to frame, 0 to 1.")
     min_change: float = _limit(0.08, "Least change that some small area must see, 0 to 1.")
     max_first_frame_difference: float = _limit(0.11, "Between the first frame and the nearest keyframe, 0 to 1.")

@@ -11,6 +11,17 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 TEMPLATES = Path(__file__).parent
 TITLE = "STORMS thought videos"
+# Identifiers that the Hub knows, of those that datasets of videos carry; any other becomes "other", with its name.
+HUB_LICENSES = frozenset(
+    (
+        *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "pddl", "odc-by", "odbl", "cc0-1.0", "unknown"),
+        *(
+            f"cc-by{kind}-{version}"
+            for kind in ("", "-sa", "-nc", "-nd", "-nc-sa", "-nc-nd")
+            for version in ("3.0", "4.0")
+        ),
+    )
+)
 
 
 def render_dataset_card(
@@ -31,13 +42,14 @@ def render_dataset_card(
             otherwise go on giving the rows of an earlier build.
     """
     licenses = sorted({name for counts in ledger["licenses"].values() for name in counts})
+    license = licenses[0] if len(licenses) == 1 and licenses[0] in HUB_LICENSES else "other"
     splits = SplitDict({split: SplitInfo(name=split, **size) for split, size in sizes.items()})
     info = DatasetInfo(features=features, splits=splits, download_size=download_size)
     info.dataset_size = sum(size["num_bytes"] for size in sizes.values())
     card_data = DatasetCardData(
         pretty_name=TITLE,
-        license=licenses[0] if len(licenses) == 1 and licenses[0] != "unknown" else "other",
-        license_name=None if len(licenses) == 1 and licenses[0] != "unknown" else "see-column-license",
+        license=license,
+        license_name="see-column-license" if license == "other" else None,
         task_categories=["video-text-to-text", "visual-question-answering"],
         tags=["video", "latent-reasoning", "thought-video", "storms"],
         size_categories=[_size_category(ledger["accepted"])],

@@ -39,17 +39,19 @@ class VideoDecodeError(ValueError):
 
 @dataclass
 class DecodedVideoMetadata(VideoMetadata):
-    """Metadata with the chosen frames' times by the file's own clock: where its frame rate varies, index / fps errs.
+    """Metadata with frames' times by the file's own clock: where its frame rate varies, index / fps errs.
 
     Attributes:
-        frame_timestamps (`list[float]`): seconds from the video's first frame, one for each of `frames_indices`.
+        frame_timestamps (`np.ndarray` of shape `(total_num_frames,)`): seconds from the video's first frame.
     """
 
-    frame_timestamps: list[float] | None = None
+    frame_timestamps: np.ndarray | None = None
 
     @property
     def timestamps(self) -> list[float]:
-        return super().timestamps if self.frame_timestamps is None else self.frame_timestamps
+        if self.frame_timestamps is None or self.frames_indices is None:
+            return super().timestamps
+        return self.frame_timestamps[self.frames_indices].tolist()
 
 
 def uniform_frame_indices(total_num_frames: int, num_frames: int) -> np.ndarray:
@@ -102,9 +104,13 @@ def decode_video(
     """
     name = source if isinstance(source, str) else "<bytes>" if isinstance(source, bytes) else fspath(source)
     reader = _open(source, name)
-    fps = _mean_fps(reader)
+    fps, times = _clock(reader)
     metadata = DecodedVideoMetadata(
-        total_num_frames=len(reader), fps=fps, duration=len(reader) / fps, video_backend="decord"
+        total_num_frames=len(reader),
+        fps=fps,
+        duration=len(reader) / fps,
+        video_backend="decord",
+        frame_timestamps=times,
     )
     indices = np.arange(len(reader)) if sample_indices_fn is None else np.asarray(sample_indices_fn(metadata=metadata))
     if len(indices) == 0 or indices.min() < 0 or indices.max() >= len(reader):
@@ -118,17 +124,23 @@ def decode_video(
             "Re-encode the file (ffmpeg -i IN -c:v libx264 OUT.mp4) or leave it out."
         ) from error
     metadata.frames_indices = indices.tolist()
-    metadata.frame_timestamps = (reader.get_frame_timestamp(indices)[:, 0] - reader.get_frame_timestamp(0)[0]).tolist()
     metadata.height, metadata.width = frames.shape[1:3]
     return frames, metadata
 
 
-def _mean_fps(reader: Any) -> float:
-    """The header's rate, unless the frames' own times contradict it, as they do where the rate varies."""
+def _clock(reader: Any) -> tuple[float, np.ndarray]:
+    """Mean frames a second, and each frame's seconds from the first one.
+
+    Both are the header's, unless the frames' own times contradict it, as they do where the rate varies: containers
+    round times, and some (MPEG) leave a few out.
+    """
     fps = float(reader.get_avg_fps())
-    seconds = float(reader.get_frame_timestamp(len(reader) - 1)[0] - reader.get_frame_timestamp(0)[0])
-    by_times = (len(reader) - 1) / seconds if seconds > 0 else fps
-    return by_times if abs(by_times / fps - 1) > 0.02 else fps
+    times = reader.get_frame_timestamp(range(len(reader)))[:, 0]
+    times = times - times[0]
+    by_times = (len(times) - 1) / float(times[-1]) if times[-1] > 0 else fps
+    fps = by_times if abs(by_times / fps - 1) > 0.02 else fps
+    even = np.arange(len(times)) / fps
+    return fps, times if np.abs(times - even).max() > 1.5 / fps else even
 
 
 def _open(source: VideoSource, name: str) -> Any:

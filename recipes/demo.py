@@ -116,7 +116,8 @@ def plot(rows: dict[str, dict[str, Any]], result: dict[str, Any], frames: np.nda
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from modeling_storms.video_storms import decode_video, uniform_frame_indices
+    from dataset_builder.stages import segment_sampler
+    from modeling_storms import decode_video
 
     columns = 10
     figure = plt.figure(figsize=(14, 9), layout="constrained")
@@ -124,10 +125,8 @@ def plot(rows: dict[str, dict[str, Any]], result: dict[str, Any], frames: np.nda
     for part, (title, row) in zip(parts, rows.items()):
         part.suptitle(f"{title}: {row['question']}", fontsize=10, wrap=True)
         num_keyframes = len(row["keyframes"])
-        thought, metadata = decode_video(
-            row["thought_video"]["bytes"],
-            lambda metadata, n=columns - num_keyframes: uniform_frame_indices(metadata.total_num_frames, n),
-        )
+        every = segment_sampler(None, None, columns - num_keyframes)
+        thought, metadata = decode_video(row["thought_video"]["bytes"], every)
         keyframes = [np.asarray(picture) for picture in row["keyframes"]]
         names = [f"keyframe\n{seconds:.1f} s" for seconds in row["keyframe_timestamps"]]
         names += [f"thought video\n{seconds:.1f} s" for seconds in metadata.timestamps]

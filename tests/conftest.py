@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from dataset_builder.thought_video import encode_video
 from modeling_storms import StormsForConditionalGeneration, StormsProcessor
-from recipes.demo import write_clip
 from recipes.init_checkpoint import build_tiny_base, convert
 
 
@@ -34,6 +34,19 @@ def ask(processor, video, **processor_kwargs):
         return_tensors="pt",
         processor_kwargs=processor_kwargs,
     )
+
+
+def moving_disc(num_frames=24, height=96, width=128, seed=0) -> np.ndarray:
+    """A disc that crosses a patterned background, `(num_frames, height, width, 3)`."""
+    generator = np.random.default_rng(seed)
+    shade = generator.integers(60, 200, (-(-height // 16), -(-width // 16), 3), dtype=np.uint8)
+    background = shade.repeat(16, 0).repeat(16, 1)[:height, :width]
+    frames = np.repeat(background[None], num_frames, axis=0)
+    rows, columns = np.mgrid[:height, :width]
+    for frame_idx, frame in enumerate(frames):
+        x = width * (frame_idx + 0.5) / num_frames
+        frame[(rows - height / 2) ** 2 + (columns - x) ** 2 < (height / 6) ** 2] = (220, 30, 30)
+    return frames
 
 
 def enliven(model, factor: float = 4.0):
@@ -73,7 +86,9 @@ def processor(pair) -> StormsProcessor:
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory) -> Path:
-    return write_clip(tmp_path_factory.mktemp("clips") / "bounce.mp4", num_frames=24)
+    path = tmp_path_factory.mktemp("clips") / "disc.mp4"
+    path.write_bytes(encode_video(moving_disc(24, 112, 168), 12))
+    return path
 
 
 @pytest.fixture

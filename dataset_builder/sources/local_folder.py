@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,13 +72,13 @@ def _read(questions: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
         raise ValueError(f"--questions {str(questions)!r}: there is no such file.")
     if questions.suffix not in (".jsonl", ".csv"):
         raise ValueError(f"--questions {questions.name!r}: expected a .jsonl or .csv file.")
-    with questions.open(encoding="utf-8-sig", newline="") as file:
+    with questions.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         if questions.suffix == ".jsonl":
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
                         fields = json.loads(line)
-                    except ValueError as error:
+                    except (ValueError, RecursionError) as error:
                         fields = f"not JSON: {error}"
                     if not isinstance(fields, dict | str):
                         fields = f"saw a JSON {type(fields).__name__}, expected an object"
@@ -87,14 +88,19 @@ def _read(questions: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
         missing = set(REQUIRED) - set(reader.fieldnames or ())
         if missing:
             raise ValueError(f"--questions {questions.name!r} lacks the columns {sorted(missing)} in its header.")
+        csv.field_size_limit(2**31 - 1)
         for fields in reader:
-            yield f"{questions.name}:{reader.line_num}", {name: text for name, text in fields.items() if name and text}
+            place = f"{questions.name}:{reader.line_num}"
+            if None in fields:
+                yield place, "more cells than the header has columns"
+            else:
+                yield place, {name: text for name, text in fields.items() if text}
 
 
 def _row(
     place: str, fields: dict[str, Any], video_root: Path, license: str, seed: int, fractions: Mapping[str, float]
 ) -> dict[str, Any]:
-    missing = [name for name in REQUIRED if not str(fields.get(name, "")).strip()]
+    missing = [name for name in REQUIRED if fields.get(name) in (None, "")]
     if missing:
         raise Rejected("bad_question", f"{place} lacks {', '.join(missing)}")
     options = fields.get("options") or []
@@ -103,17 +109,21 @@ def _row(
             options = json.loads(options) if options.lstrip().startswith("[") else options.split("|")
         except ValueError as error:
             raise Rejected("bad_question", f"{place}: its options are not a JSON list: {error}") from error
-    if not isinstance(options, list):
-        raise Rejected("bad_question", f"{place}: saw options {options!r:.80}, expected a list of texts")
+    texts = [value for name, value in fields.items() if name in (*REQUIRED, *OPTIONAL) and name != "options" and value]
+    for value in (*texts, *(options if isinstance(options, list) else [options])):
+        if type(value) not in (str, int, float):
+            raise Rejected("bad_question", f"{place}: saw {value!r:.80}, expected text or a number")
     video_path = str(fields["video"])
-    video_id = str(fields.get("video_id") or Path(video_path).with_suffix("").as_posix())
+    if Path(video_path).is_absolute() and Path(video_path).is_relative_to(video_root.resolve()):
+        video_path = Path(video_path).relative_to(video_root.resolve()).as_posix()
+    video_id = str(fields.get("video_id") or re.sub(r"\.\w+$", "", video_path))
     split = str(fields.get("split") or split_of(video_id, seed, fractions))
     if split not in SPLITS:
         raise Rejected("bad_question", f"{place}: saw split {split[:80]!r}, expected one of {', '.join(SPLITS)}")
     content = json.dumps([video_path, fields["question"], options, fields.get("start"), fields.get("end")])
     try:
         start, end = (float(fields[name]) if fields.get(name) not in (None, "") else None for name in ("start", "end"))
-    except (TypeError, ValueError) as error:
+    except (OverflowError, ValueError) as error:
         raise Rejected("bad_question", f"{place}: start and end must be seconds: {error}") from error
     return question_row(
         row_id=str(fields.get("id") or f"local-{hashlib.sha256(content.encode()).hexdigest()[:16]}"),

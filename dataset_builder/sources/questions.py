@@ -42,17 +42,17 @@ def answer_letter(answer: str, options: Sequence[str]) -> str:
     """The letter of an answer given as "B", "(B)", "B. text" or an option's text.
 
     Raises:
-        Rejected: if it names no option, or its letter and its text disagree.
+        Rejected: if it names no option, or its letter and its text disagree, or it may be read either way ("A", where
+            option C is "A").
     """
     answer = answer.strip()
     letters = LETTERS[: len(options)]
     texts = [option.casefold() for option in options]
-    if answer.casefold() in texts:
-        return letters[texts.index(answer.casefold())]
+    meant = {letter for letter, text in zip(letters, texts) if text == answer.casefold()}
     if re.fullmatch(r"\(?[A-Ja-j][.):]?\)?", answer):
-        letter = answer.strip("().: ").upper()
-        if letter in letters:
-            return letter
+        meant |= {answer.strip("().: ").upper()} & set(letters)
+    if len(meant) == 1:
+        return meant.pop()
     match = OPTION_LETTER.fullmatch(answer)
     if match and (match[1], match[2].strip().casefold()) in zip(letters, texts):
         return match[1]
@@ -91,7 +91,7 @@ def question_row(
         "options": options,
         "answer": answer_letter(answer, options) if options else answer.strip(),
         "problem_type": MULTIPLE_CHOICE if options else FREE_FORM,
-        "license": license,
+        "license": license.strip().lower(),
         "split": split,
         "scene": "",
         "source_plan": source_plan,
@@ -126,7 +126,8 @@ def excluded_videos(lines: Iterable[str]) -> Callable[[str], bool]:
     """
 
     def plain(path: str) -> str:
-        return re.sub(r"\.(mp4|mkv|webm|avi|mov|m4v|ts|mpg)$", "", path.strip().replace("\\", "/").removeprefix("./"))
+        path = path.strip().casefold().replace("\\", "/").removeprefix("./")
+        return re.sub(r"\.[a-z][a-z0-9]{1,3}$", "", path)
 
     listed = {plain(line) for line in lines if line.strip()}
 
@@ -144,7 +145,8 @@ def file_stat(root: Path, video_path: str) -> str:
         Rejected: if the path leads out of `root`, by itself or through a link: that file was never meant to be read.
     """
     if is_machine_path(video_path):
-        raise Rejected("outside_video_root", f"saw path {video_path[:80]!r}, expected one inside the video folder")
+        name = re.split(r"[\\/]", video_path)[-1]
+        raise Rejected("outside_video_root", f"{name[:80]!r} has a path that leaves the video folder")
     path = root / video_path
     try:
         resolved = path.resolve()

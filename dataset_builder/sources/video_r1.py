@@ -76,7 +76,7 @@ def _row(
     if not isinstance(options, list) or bool(options) != (entry["problem_type"] == "multiple choice"):
         raise Rejected("bad_question", f"saw options {options!r:.80} for a {entry['problem_type']} problem")
     video_path = re.sub(r"^(\./)+", "", texts["path"])
-    video_id = str(Path(video_path).with_suffix("").as_posix())
+    video_id = re.sub(r"\.\w+$", "", video_path)
     plan = re.fullmatch(r"\s*<think>(.*)</think>\s*", str(entry.get("process", "")), re.DOTALL)
     return question_row(
         row_id=row_id,
@@ -85,7 +85,8 @@ def _row(
         video_id=video_id,
         question=texts["problem"],
         options=options,
-        answer=solution[1],
+        # A letter by the format, even where an option's text is a letter too.
+        answer=f"({solution[1].strip()})" if re.fullmatch(r"\s*[A-J]\s*", solution[1]) and options else solution[1],
         license=license,
         split=split_of(video_id, seed, fractions),
         video_stat=file_stat(video_root, video_path),

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dataset_builder.__main__ import main
 from dataset_builder.thought_video import encode_video
+
+from ..conftest import moving_disc
 
 
 @pytest.fixture
@@ -48,19 +49,6 @@ def staged(folder: Path) -> dict[str, set[str]]:
     """Names of staged records by stage."""
     stages = ("videos", "keyframes", "plans", "thought_videos", "quality")
     return {stage: {path.name for path in (folder / ".staging" / stage).glob("*.json")} for stage in stages}
-
-
-def moving_disc(num_frames=24, height=96, width=128, seed=0) -> np.ndarray:
-    """A disc that crosses a patterned background, `(num_frames, height, width, 3)`."""
-    generator = np.random.default_rng(seed)
-    shade = generator.integers(60, 200, (-(-height // 16), -(-width // 16), 3), dtype=np.uint8)
-    background = shade.repeat(16, 0).repeat(16, 1)[:height, :width]
-    frames = np.repeat(background[None], num_frames, axis=0)
-    rows, columns = np.mgrid[:height, :width]
-    for frame_idx, frame in enumerate(frames):
-        x = width * (frame_idx + 0.5) / num_frames
-        frame[(rows - height / 2) ** 2 + (columns - x) ** 2 < (height / 6) ** 2] = (220, 30, 30)
-    return frames
 
 
 @pytest.fixture

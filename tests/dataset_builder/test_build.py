@@ -20,7 +20,8 @@ from dataset_builder.schema import FEATURES
 from dataset_builder.thought_video import encode_video
 from modeling_storms import decode_video
 
-from .conftest import moving_disc, published, staged, start
+from ..conftest import moving_disc
+from .conftest import published, staged, start
 
 
 STRANGER = """
@@ -183,12 +184,16 @@ def test_a_changed_option_redoes_the_stages_it_touches_and_no_other(build, tmp_p
     assert redone() == set()  # and back, for nothing
 
 
-def test_a_build_without_a_good_row_keeps_its_ledger_and_nothing_that_loads(build, tmp_path, disc_videos):
+def test_a_build_without_a_good_row_has_its_ledger_and_keeps_the_data_of_before(build, tmp_path, disc_videos):
     flags = ("--source", "local_folder", "--video_root", disc_videos)
     build("build", *flags)
+    before = published(tmp_path / "out")
     with pytest.raises(SystemExit, match="No row passed"):
         build("build", *flags, "--min_motion", 0.9)
-    assert published(tmp_path / "out").keys() == {"ledger.json", "report.html"}
+    data = {
+        name: content for name, content in published(tmp_path / "out").items() if not name.endswith(("json", "html"))
+    }
+    assert data == {name: before[name] for name in data}  # an outage, or a slip, costs no data
     assert json.loads((tmp_path / "out" / "ledger.json").read_text())["reasons"] == {"no_motion": 6}
     build("build", *flags)
     assert len(load_dataset(str(tmp_path / "out"), split="train")) == 6
@@ -364,6 +369,8 @@ def test_a_report_shows_rows_as_pictures_and_their_text_as_text(build, tmp_path,
         (["--max_keyframes", "0"], "expected 1 or more"),
         (["--generator", "wan", "--wan_num_frames", "80"], "4k \\+ 1"),
         (["--config", "missing.yaml"], "missing.yaml"),
+        (["--push_to_hub", "no name!"], "organization/name"),
+        (["--max_shard_mb", "0"], "expected 1 or more"),
     ],
 )
 def test_options_that_cannot_work_say_what_can(build, tmp_path, flags, expected):
@@ -381,6 +388,48 @@ def test_an_unknown_key_of_a_config_is_an_error(build, tmp_path):
     (tmp_path / "config.yaml").write_text("source: simulated\nnum_row: 3\n")
     with pytest.raises(SystemExit, match="num_row"):
         build("build", "--config", tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("num_rows: 5.5", "--num_rows: saw 5.5, expected int or null"),
+        ("seed: null", "--seed: saw None, expected int"),
+        ("max_keyframes: 2.5", "--max_keyframes: saw 2.5, expected int"),
+        ("min_motion: [1]", "--min_motion"),
+        ("world: {shell_game: 1}", "--world"),
+        ("embed_video: 1", "--embed_video: saw 1, expected bool"),
+        ("teacher: null", "--teacher"),
+    ],
+)
+def test_a_config_of_wrong_types_is_an_error(build, tmp_path, line, expected):
+    (tmp_path / "config.yaml").write_text(line)
+    with pytest.raises(SystemExit, match=expected):
+        build("build", "--config", tmp_path / "config.yaml")
+
+
+def test_a_single_world_needs_no_list(build, tmp_path):
+    (tmp_path / "config.yaml").write_text("world: order\ndials: order.num_lamps=3\nnum_rows: '2'\nmin_motion: 0\n")
+    ledger = build("build", "--config", tmp_path / "config.yaml")
+    assert (ledger["accepted"], ledger["source"]["world"]) == (2, ["order"])
+
+
+def test_a_finished_folder_needs_neither_its_videos_nor_its_place(build, tmp_path, disc_videos, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli.main(["build", "--source=local_folder", "--video_root=videos", "--output=out", "--license=MIT"])
+    before = published(tmp_path / "out")
+    assert b"license: mit" in before["README.md"]
+    disc_videos.rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for command in ("publish", "report", "validate"):
+        if command != "validate":
+            cli.main(
+                [command, f"--output={tmp_path / 'out'}", "--seed", "9"]
+            )  # says nothing about rows that are there
+    assert published(tmp_path / "out") == before
+    with pytest.raises(SystemExit, match="no such folder"):
+        cli.main(["plans", f"--output={tmp_path / 'out'}"])  # would have to list the source again
+    assert published(tmp_path / "out") == before
 
 
 def test_flags_override_a_config(build, tmp_path):

@@ -15,7 +15,7 @@ from datasets import load_dataset
 from dataset_builder.thought_video import encode_video
 from modeling_storms import decode_video
 
-from .conftest import moving_disc
+from ..conftest import moving_disc
 
 
 def container(frames, times=None, format="mp4") -> bytes:
@@ -170,6 +170,24 @@ def test_a_segment_is_all_that_is_used(build, tmp_path, videos):
     assert row["thought_video_num_frames"] / row["thought_video_fps"] <= 2.1
 
 
+def test_segments_and_clips_follow_the_clock_where_the_frame_rate_varies(build, tmp_path, videos):
+    # Four seconds at 5 frames a second, then four at 25.
+    times = [200 * index for index in range(20)] + [4000 + 40 * index for index in range(100)]
+    disc = moving_disc(120)
+    folder = videos({"varying.mkv": container(disc, times, "matroska")}, start=1.0, end=6.0)
+    build("build", "--source", "local_folder", "--video_root", folder, "--clip_margin_seconds", 9)
+    (row,) = load_dataset(str(tmp_path / "out"), split="train")
+    assert row["keyframe_timestamps"] == pytest.approx([times[i] / 1000 for i in row["keyframe_indices"]], abs=2e-3)
+    assert all(1.0 <= seconds < 6.0 for seconds in row["keyframe_timestamps"])
+    # The thought video is the clip from the first keyframe to the segment's end, as it was seen.
+    seconds = 6.0 - row["keyframe_timestamps"][0]
+    assert row["thought_video_num_frames"] / row["thought_video_fps"] == pytest.approx(seconds, abs=0.2)
+    thought, metadata = decode_video(row["thought_video"]["bytes"])
+    for frame, moment in zip(thought, metadata.timestamps):
+        shown = max(i for i, time in enumerate(times) if time / 1000 <= row["keyframe_timestamps"][0] + moment + 0.02)
+        assert abs(int(np.abs(disc.astype(int) - frame).mean((1, 2, 3)).argmin()) - shown) <= 2
+
+
 def test_an_archive_of_videos_is_a_folder(build, tmp_path, videos):
     folder = videos({"deep/a.mp4": encode_video(moving_disc(), 12)})
     with zipfile.ZipFile(tmp_path / "videos.zip", "w") as file:
@@ -189,6 +207,30 @@ def test_a_replaced_video_is_looked_at_again(build, videos):
     assert build("build", *flags)["reasons"] == {"undecodable": 1}
     (folder / "a.mp4").write_bytes(encode_video(moving_disc(seed=1), 12))
     assert build("build", *flags)["accepted"] == 2
+
+
+def test_a_video_replaced_by_another_of_the_same_shape_leaves_nothing_of_the_first(build, tmp_path, videos):
+    frames = moving_disc()
+    folder = videos({"a.mp4": encode_video(frames, 12)}, license="mit")
+    flags = ("--source", "local_folder", "--video_root", folder)
+    build("build", *flags)
+    folder = videos({"a.mp4": encode_video((frames * 0.8).astype(np.uint8), 12)}, license="mit")
+    build("build", *flags)
+    build("build", *flags, output="fresh")
+    rows = [load_dataset(str(tmp_path / name), split="train")[0] for name in ("out", "fresh")]
+    assert rows[0]["thought_video"] == rows[1]["thought_video"]
+    (folder / "a.mp4").write_bytes(encode_video(frames, 12))
+    with pytest.raises(SystemExit, match="changed since its row was built"):
+        build("publish", "--embed_video", True, output="fresh")
+
+
+def test_details_name_a_file_as_its_row_does(build, tmp_path, videos, monkeypatch):
+    folder = videos({"good.mp4": encode_video(moving_disc(), 12), "bad.v.mp4": b"not a video"})
+    monkeypatch.chdir(folder)
+    ledger = build("build", "--source", "local_folder", "--video_root", ".")
+    (row,) = ledger["rejected_rows"]
+    assert row["detail"].startswith("bad.v.mp4: 0 frames decoded")
+    assert "ffmpeg -i IN OUT.mp4" in row["detail"]
 
 
 def test_real_clips_come_out_right(build, tmp_path, real_clips):

@@ -104,7 +104,7 @@ def test_a_good_row_passes():
     ],
 )
 def test_a_value_the_contract_forbids_is_named(column, value):
-    with pytest.raises(SchemaError, match=r"Row '(local-1|None|)', column"):
+    with pytest.raises(SchemaError, match=r"Row '(local-1|None|)'"):
         check_row({**good_row(), column: value})
 
 

@@ -69,6 +69,18 @@ def test_answers_are_read_as_letters_or_texts(index, style):
     assert answer_letter(style.format(LETTERS[index], LETTERS[index]), options) == LETTERS[index]
 
 
+def test_an_answer_that_may_be_letter_or_text_is_read_by_the_format_or_refused(tmp_path):
+    options = ["A. C", "B. A", "C. B"]
+    (tmp_path / "r1.json").write_text(json.dumps([r1(1, options=options, solution="<answer>A</answer>")]))
+    (row,), _ = listed(video_r1, tmp_path / "r1.json", tmp_path)
+    assert (row["options"], row["answer"]) == (["C", "A", "B"], "A")
+    line = {"video": "a.mp4", "question": "Which letter?", "options": options}
+    questions = write_lines(tmp_path / "q.jsonl", {**line, "answer": "A"}, {**line, "answer": "(A)"})
+    (row,), refused = listed(local_folder, questions, tmp_path)
+    assert row["answer"] == "A"
+    assert [one.reason for one in refused.values()] == ["bad_answer"]
+
+
 @pytest.mark.parametrize("answer", ["C", "", "green", "AB", "A. blue", "A or B"])
 def test_answers_that_name_no_option_are_refused(answer):
     with pytest.raises(Rejected, match="bad_answer"):
@@ -162,6 +174,21 @@ def test_questions_are_the_same_from_jsonl_and_csv(tmp_path):
         ({"video": "a.mp4", "question": "Why?", "answer": "x", "start": 3, "end": 2}, "bad_question"),
         ({"video": "a.mp4", "question": "Why?", "answer": "x", "split": "dev"}, "bad_question"),
         ({"video": "../a.mp4", "question": "Why?", "answer": "x"}, "outside_video_root"),
+        ({"video": "/data/a.mp4", "question": "Why?", "answer": "x"}, "outside_video_root"),
+        ({"video": "/", "question": "Why?", "answer": "x"}, "outside_video_root"),
+        ({"video": "a.mp4", "question": "Why?", "answer": None}, "bad_question"),
+        ({"video": "a.mp4", "question": None, "answer": "x"}, "bad_question"),
+        ({"video": "a.mp4", "question": ["Why?"], "answer": "x"}, "bad_question"),
+        ({"video": "a.mp4", "question": "Why?", "answer": "A", "options": ["x", None]}, "bad_question"),
+        ({"video": "a.mp4", "question": "Why?", "answer": "x", "start": 10**400}, "bad_question"),
+        (
+            {"video": "a.mp4", "question": "Why?", "answer": "x", "start": 1000.00001, "end": 1000.00002},
+            "bad_question",
+        ),
+        ({"video": "a.mp4", "question": "\ud800", "answer": "x"}, "bad_question"),
+        ({"video": "a.mp4", "question": "Why?", "answer": "x", "id": "/home/someone/a"}, "bad_question"),
+        ({"video": "a.mp4", "question": "Why?", "answer": "x", "video_id": "/home/someone/a"}, "bad_question"),
+        ("[" * 100_000, "bad_question"),
         ({"video": "benchmark.mp4", "question": "Why?", "answer": "x"}, "in_evaluation_set"),
         ({"video": "first.mp4", "question": "Why?", "answer": "x"}, "duplicate_id"),
     ],
@@ -175,6 +202,22 @@ def test_a_broken_question_is_refused_and_the_rest_goes_on(tmp_path, line, reaso
     assert str(tmp_path) not in str(refused)
 
 
+def test_odd_cells_of_a_csv_are_refused_or_read(tmp_path):
+    long = "why? " * 40_000
+    text = f"video,question,answer\na.mp4,Why?,x,more\na.mp4,{long},x\na.mp4,Wer?,M\xfcller\nb.mp4,Why?,x\n"
+    (tmp_path / "q.csv").write_bytes(text.encode("latin-1"))
+    rows, refused = listed(local_folder, tmp_path / "q.csv", tmp_path)
+    assert [row["video_id"] for row in rows] == ["a", "b"]
+    assert [(one.id, one.reason) for one in refused.values()] == [(f"q.csv:{n}", "bad_question") for n in (2, 4)]
+
+
+def test_absolute_paths_into_the_video_folder_become_relative(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"video")
+    line = {"video": str(tmp_path / "a.mp4"), "question": "Why?", "answer": "x"}
+    (row,), _ = listed(local_folder, write_lines(tmp_path / "q.jsonl", line), tmp_path)
+    assert (row["video_path"], row["video_id"]) == ("a.mp4", "a")
+
+
 def test_a_questions_file_without_its_columns_is_an_error(tmp_path):
     (tmp_path / "q.csv").write_text("clip,question\na.mp4,Why?\n")
     with pytest.raises(ValueError, match=r"lacks the columns \['answer', 'video'\]"):
@@ -186,9 +229,10 @@ def test_a_questions_file_without_its_columns_is_an_error(tmp_path):
 
 
 def test_videos_of_evaluation_sets_are_found_by_name_and_by_path():
-    is_excluded = excluded_videos(["video_10000.mp4", "Art/3", "./mvbench/star/x1.webm", ""])
+    is_excluded = excluded_videos(["VIDEO_10000.mp4", "Art/3", "./mvbench/star/x1.webm", ""])
     assert is_excluded("CLEVRER/train/video_10000.mp4")
-    assert is_excluded("mmvu/Art/3.mp4")
+    assert is_excluded("mmvu/Art/3.MP4")
+    assert is_excluded("mmvu/art/3.flv")
     assert is_excluded("mvbench/star/x1.mp4")
     for path in ("CLEVRER/train/video_1000.mp4", "Music/3.mp4", "3.mp4", "x1.mp4", "a.mp4"):
         assert not is_excluded(path)

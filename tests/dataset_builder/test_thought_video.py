@@ -146,7 +146,7 @@ class TestSourceClip:
         frames, fps, details = SourceClipGenerator("nowhere").generate(row)
         assert self.shown(frames) == list(range(20, 51))
         assert fps == pytest.approx(10)
-        assert details == {"first_frame": 20, "frame_step": 1}
+        assert details == {"first_frame": 20, "last_frame": 50}
 
     def test_drops_frames_at_real_speed(self, row):
         frames, fps, _ = SourceClipGenerator("nowhere", max_frames=12).generate(row)
@@ -182,7 +182,7 @@ class TestSourceClip:
         }
         generator = SourceClipGenerator("nowhere", max_frames=max_frames, margin_seconds=margin, min_seconds=least)
         _, metadata = decode_video(encode_video(numbered(1), 10))
-        metadata.total_num_frames = 100
+        metadata.total_num_frames, metadata.frame_timestamps = 100, np.arange(100) / 10
         if seconds is not None and round(row["video_end"] * 10) - round((start or 0) * 10) < 2:
             return
         indices = generator._indices(row, metadata)

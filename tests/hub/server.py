@@ -1,6 +1,7 @@
-"""A small Hub on 127.0.0.1, for the real huggingface_hub and transformers to talk to (`HF_ENDPOINT`).
+"""A small Hub on 127.0.0.1, for the real huggingface_hub, transformers and datasets to talk to (`HF_ENDPOINT`).
 
 It keeps commits in memory: create a repository, upload small files and LFS objects, read any file at any revision.
+A dataset's repository is kept as `datasets/{id}`, which is how its files are addressed.
 """
 
 import base64
@@ -10,7 +11,7 @@ import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Hub:
@@ -46,6 +47,17 @@ class Hub:
         return sha.hexdigest()
 
 
+API = r"/api/(models|datasets)/([^/]+/[^/]+)"
+
+
+def repo_of(found: re.Match) -> str:
+    return found[2] if found[1] == "models" else f"datasets/{found[2]}"
+
+
+def entry(kind: str, path: str, data: bytes) -> dict:
+    return {"type": kind, "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+
+
 def handler_for(hub: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -79,10 +91,13 @@ def handler_for(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if path == "/api/repos/create":
                 asked = json.loads(body)
                 repo_id = f"{asked.get('organization') or 'me'}/{asked['name']}"
+                repo_id = f"datasets/{repo_id}" if asked.get("type") == "dataset" else repo_id
                 return self.reply({"url": f"{hub.endpoint}/{repo_id}"}, 200 if hub.create(repo_id) else 409)
-            if found := re.fullmatch(r"/api/models/(.+?/.+?)/preupload/.+", path):
+            if path == "/api/validate-yaml":
+                return self.reply({"errors": [], "warnings": []})
+            if found := re.fullmatch(API + r"/preupload/.+", path):
                 files = json.loads(body)["files"]
-                large = (".safetensors", ".bin")
+                large = (".safetensors", ".bin", ".parquet")
                 modes = [
                     {**file, "uploadMode": "lfs" if file["path"].endswith(large) else "regular"} for file in files
                 ]
@@ -93,11 +108,15 @@ def handler_for(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     for entry in json.loads(body)["objects"]
                 ]
                 return self.reply({"transfer": "basic", "objects": objects})
-            if found := re.fullmatch(r"/api/models/(.+?/.+?)/commit/.+", path):
-                sha = hub.commit(found[1], [json.loads(line) for line in body.splitlines() if line])
+            if found := re.fullmatch(API + r"/commit/.+", path):
+                sha = hub.commit(repo_of(found), [json.loads(line) for line in body.splitlines() if line])
                 return self.reply(
-                    {"success": True, "commitOid": sha, "commitUrl": f"{hub.endpoint}/{found[1]}/commit/{sha}"}
+                    {"success": True, "commitOid": sha, "commitUrl": f"{hub.endpoint}/{repo_of(found)}/commit/{sha}"}
                 )
+            if found := re.fullmatch(API + r"/paths-info/(.+)", path):
+                files = hub.tree(repo_of(found), found[3])[1]
+                asked = parse_qs(body.decode())["paths"] if b"=" in body else json.loads(body)["paths"]
+                return self.reply([entry("file", name, files[name]) for name in asked if name in files])
             return self.reply({"error": f"no such endpoint: {path}"}, 404)
 
         def do_PUT(self):
@@ -110,28 +129,39 @@ def handler_for(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self):
             path = unquote(urlsplit(self.path).path)
+            if path == "/api/whoami-v2":
+                return self.reply({"name": "me", "type": "user", "orgs": []})
             try:
-                if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
-                    sha, files = hub.tree(found[1], found[2] or "main")
+                if found := re.fullmatch(API + r"(?:/revision/(.+))?", path):
+                    sha, files = hub.tree(repo_of(found), found[3] or "main")
                     siblings = [{"rfilename": name} for name in files]
-                    return self.reply({"id": found[1], "sha": sha, "private": False, "siblings": siblings, "tags": []})
-                if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(/.*)?", path):
-                    _, files = hub.tree(found[1], found[2])
-                    folder = (found[3] or "").strip("/")
+                    return self.reply({"id": found[2], "sha": sha, "private": False, "siblings": siblings, "tags": []})
+                if found := re.fullmatch(API + r"/tree/([^/]+)(/.*)?", path):
+                    _, files = hub.tree(repo_of(found), found[3])
+                    folder = (found[4] or "").strip("/")
                     inside = {
                         name: data for name, data in files.items() if not folder or name.startswith(f"{folder}/")
                     }
                     if folder and not inside:
                         return self.reply({}, 404, X_Error_Code="EntryNotFound")
-                    entries = [(name, len(data), hashlib.sha1(data).hexdigest()) for name, data in inside.items()]
-                    return self.reply([{"type": "file", "path": n, "size": s, "oid": o} for n, s, o in entries])
-                if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+                    start = len(folder) + 1 if folder else 0
+                    entries = [entry("file", name, data) for name, data in inside.items()]
+                    if "recursive=true" not in urlsplit(self.path).query.lower():
+                        folders = {name[:start] + name[start:].split("/")[0] for name in inside if "/" in name[start:]}
+                        entries = [one for one in entries if "/" not in one["path"][start:]]
+                        entries += [entry("directory", name, b"") for name in sorted(folders)]
+                    return self.reply(entries)
+                if found := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
                     sha, files = hub.tree(found[1], found[2])
                     if found[3] not in files:
                         return self.reply({}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
                     data = files[found[3]]
-                    etag = f'"{hashlib.sha1(data).hexdigest()}"'
-                    return self.reply(data, ETag=etag, X_Repo_Commit=sha)
+                    headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": sha}
+                    if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+                        first, last = int(part[1]), min(int(part[2] or len(data)), len(data) - 1)
+                        headers["Content_Range"] = f"bytes {first}-{last}/{len(data)}"
+                        return self.reply(data[first : last + 1], 206, **headers)
+                    return self.reply(data, Accept_Ranges="bytes", **headers)
             except (KeyError, StopIteration):
                 return self.reply({}, 404, X_Error_Code="RepoNotFound")
             return self.reply({"error": f"no such endpoint: {path}"}, 404)

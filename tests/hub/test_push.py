@@ -1,4 +1,4 @@
-"""A checkpoint pushed to a Hub answers for a stranger who knows only its name."""
+"""A checkpoint or dataset pushed to a Hub works for a stranger who knows only its name."""
 
 import os
 import shutil
@@ -24,6 +24,23 @@ inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tok
 out = model.generate(**inputs, max_new_tokens=12, latent_mode="force", return_dict_in_generate=True)
 print(type(model).__module__, out.latent_lengths.tolist(), out.latent_stop_reasons)
 model.save_pretrained(sys.argv[2])
+"""
+
+
+READER = """
+import sys
+for package in ("dataset_builder", "modeling_storms", "model_card", "recipes"):
+    sys.modules[package] = None
+from datasets import load_dataset
+rows = load_dataset("org/thoughts")
+streamed = load_dataset("org/thoughts", streaming=True)
+assert list(rows) == list(streamed) == ["train", "validation", "test"]
+for split in rows:
+    for row, again in zip(rows[split], streamed[split], strict=True):
+        assert row["id"] == again["id"]
+        assert row["thought_video"]["bytes"] == again["thought_video"]["bytes"]
+        assert row["thought_video"]["bytes"][4:8] == b"ftyp"
+print({split: len(rows[split]) for split in rows}, rows["train"][0]["id"])
 """
 
 
@@ -72,3 +89,24 @@ def test_a_pushed_checkpoint_loads_by_name(run, tmp_path, clip):
     # What a stranger saves points at its own code, not back at the repository it came from.
     assert "--" not in (tmp_path / "saved" / "config.json").read_text()
     assert (tmp_path / "saved" / "latent_storms.py").read_bytes() == files["latent_storms.py"]
+
+
+def test_a_pushed_dataset_loads_by_name_and_streams(run, tmp_path):
+    hub, call = run
+    flags = ["--num_rows", 10, "--seed", 1, "--output", tmp_path / "out", "--push_to_hub", "org/thoughts"]
+    pushed = call("-m", "dataset_builder", "build", "--world", "bounce", *flags)
+    assert pushed.returncode == 0, pushed.stdout + pushed.stderr
+    assert "Pushed    " in pushed.stdout
+    _, files = hub.tree("datasets/org/thoughts")
+    data = {f"data/{path.name}" for path in (tmp_path / "out" / "data").iterdir()}
+    assert set(files) == {"README.md", "ledger.json", *data}
+    assert files["README.md"] == (tmp_path / "out" / "README.md").read_bytes()
+    done = call("-c", READER, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "{'train': 8, 'validation': 1, 'test': 1} simulated-bounce-1-train-00000"
+    # A smaller build replaces the files of the larger one in the same commit.
+    flags += ["--num_rows", 4, "--validation_fraction", 0, "--test_fraction", 0]
+    pushed = call("-m", "dataset_builder", "build", "--world", "bounce", *flags)
+    assert pushed.returncode == 0, pushed.stdout + pushed.stderr
+    _, files = hub.tree("datasets/org/thoughts")
+    assert {name for name in files if name.startswith("data/")} == {"data/train-00000-of-00001.parquet"}

@@ -1,9 +1,9 @@
 """Decoding: the right frames, the right times, and errors that name the file."""
 
 import functools
-import io
 import sys
 import threading
+from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import av
@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from modeling_storms import VideoDecodeError, decode_video
 from modeling_storms.video_storms import fps_frame_indices, uniform_frame_indices
-from recipes.demo import write_clip
 
 
 def grey_clip(path, num_frames, fps=10, codec="libx264"):
@@ -181,11 +180,22 @@ def test_corrupt_data_says_how_many_frames_decode(tmp_path):
         decode_video(path)
 
 
-def test_the_clip_of_the_demo_is_reproducible(tmp_path):
-    first, second = (write_clip(tmp_path / f"{name}.mp4", num_frames=10).read_bytes() for name in "ab")
-    assert first == second
-    frames, metadata = decode_video(io.BytesIO(first).getvalue())
-    assert (len(frames), metadata.fps) == (10, 12)
+@pytest.mark.parametrize("ending", ["mp4", "mkv"])
+def test_times_are_the_files_own_where_the_frame_rate_varies(tmp_path, ending):
+    milliseconds = [0, 40, 80, 500, 1000, 1040, 3000]
+    path = tmp_path / f"varying.{ending}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for time in milliseconds:
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 100, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, stream.time_base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    _, metadata = decode_video(path, lambda metadata: [1, 3, 6])
+    assert metadata.timestamps == pytest.approx([0.04, 0.5, 3.0], abs=1e-3)
+    assert metadata.fps == pytest.approx(6 / 3.0, rel=0.01)  # whatever the header says
 
 
 @given(total=st.integers(1, 2000), wanted=st.integers(1, 600))

@@ -15,15 +15,17 @@ def run_demo(*arguments, check=True):
 
 def test_demo_answers_and_draws(tmp_path):
     printed = run_demo("--output", tmp_path / "out").stdout
-    assert "48 frames, 4.0 s, 8 used" in printed
+    assert "49 frames, 4.1 s, 8 used" in printed
+    assert "accepted=64 rejected=0" in printed
+    assert "accepted=1 rejected=0" in printed
     assert "loaded as transformers_modules." in printed
     assert "8 slots, stop reason: budget" in printed
     assert "weights are random" in printed
     # And the checkpoint it made, by a path relative to here.
     folder = os.path.relpath(tmp_path / "out" / "storms-tiny")
     assert "8 slots, stop reason: budget" in run_demo("--output", tmp_path / "again", "--model", folder).stdout
-    with Image.open(tmp_path / "out" / "latent_slots.png") as picture:
-        assert picture.size == (1440, 600)
+    with Image.open(tmp_path / "out" / "demo.png") as picture:
+        assert picture.size == (1540, 990)
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
 
 
