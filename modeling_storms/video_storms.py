@@ -15,6 +15,7 @@
 
 import io
 import math
+import sys
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -181,8 +182,16 @@ def _open(source: VideoSource, name: str) -> Any:
 
 
 def _read(reader_class: Any, cpu: Any, source: VideoSource) -> Any:
-    # One thread: FFmpeg's own threads make little difference at sampled frames and a lot beside data workers.
-    return reader_class(io.BytesIO(source) if isinstance(source, bytes) else fspath(source), cpu(0), num_threads=1)
+    file = io.BytesIO(source) if isinstance(source, bytes) else fspath(source)
+    return reader_class(file, cpu(0), num_threads=1 if _is_worker() else 0)
+
+
+def _is_worker() -> bool:
+    """Whether this is one of several processes: there FFmpeg's own threads (0: as many as cores) are too many."""
+    modules = (
+        sys.modules.get(name) for name in ("multiprocessing", "multiprocess")
+    )  # the second is that of `datasets`
+    return any(module is not None and module.parent_process() is not None for module in modules)
 
 
 def _is_mpeg_stream(source: VideoSource) -> bool:
