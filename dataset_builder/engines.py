@@ -1,7 +1,10 @@
 """Engines: how a stage's rows are spread over processes or machines. Both run the same classes, to the same bytes."""
 
 import os
+import time
 from collections.abc import Sequence
+from functools import cache
+from threading import Thread
 from typing import Any
 
 from .stages import Stage
@@ -20,6 +23,7 @@ def run_local(output: str, stages: Sequence[Stage], rows: Sequence[str], num_wor
     """
     from datasets import Dataset
 
+    _end_children_with_this_process()
     for stage_idx, stage in enumerate(stages):
         waits = stage.concurrency > 1 or stage.num_gpus > 0
         num_proc = 1 if waits else min(num_workers or os.cpu_count() or 1, len(rows))
@@ -32,6 +36,21 @@ def run_local(output: str, stages: Sequence[Stage], rows: Sequence[str], num_wor
             new_fingerprint=f"storms-{stage.name}",
             desc=stage.name,
         )
+
+
+@cache
+def _end_children_with_this_process() -> None:
+    """Let forked processes end when this one is killed: they would wait for its next message for ever."""
+
+    def watch(parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    def watch_in_thread() -> None:
+        Thread(target=watch, args=(os.getppid(),), daemon=True).start()
+
+    os.register_at_fork(after_in_child=watch_in_thread)
 
 
 def run_ray(output: str, stages: Sequence[Stage], rows: Sequence[str], num_workers: int | None = None) -> None:
@@ -51,7 +70,7 @@ def run_ray(output: str, stages: Sequence[Stage], rows: Sequence[str], num_worke
         raise ImportError('--engine ray needs Ray: pip install "storms[ray]". Or use --engine local.') from error
 
     if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=False)
+        ray.init(address=os.environ.get("RAY_ADDRESS", "local"), include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     resources = ray.cluster_resources()
     data: Any = ray.data.from_items([{"row": row} for row in rows], override_num_blocks=min(len(rows), 200))

@@ -187,7 +187,7 @@ def _read(reader_class: Any, cpu: Any, source: VideoSource) -> Any:
 
 
 def _is_worker() -> bool:
-    """Whether this is one of several processes: there FFmpeg's own threads (0: as many as cores) are too many."""
+    """Whether this process is one of several that another one started: there, threads of each add up."""
     modules = (
         sys.modules.get(name) for name in ("multiprocessing", "multiprocess")
     )  # the second is that of `datasets`

@@ -151,6 +151,24 @@ def test_a_killed_build_redoes_only_rows_in_flight(tmp_path):
     assert len(list(videos.glob("*.json"))) == 60
 
 
+def test_the_workers_of_a_killed_build_end_too(tmp_path):
+    process = start("build", *SHELL_GAME, "--num_rows", 60, "--num_workers", 2, "--output", tmp_path / "out")
+    while not list((tmp_path / "out" / ".staging" / "videos").glob("*.json")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)  # it alone
+    process.wait()
+    process.stdout.close()
+    for _ in range(100):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return  # nobody is left in its group
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    raise AssertionError("workers live on")
+
+
 def test_two_builds_cannot_write_to_one_folder(tmp_path):
     first = start("build", *SHELL_GAME, "--num_rows", 200, "--output", tmp_path / "out")
     for line in first.stdout:
