@@ -2,6 +2,7 @@ import math
 import pickle
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -257,3 +258,16 @@ def test_a_tower_prefers_the_keyframes_own_video(tower):
     assert pickle.loads(pickle.dumps(similarity))(frames, [frames[3]]) == similarity(frames, [frames[3]])
     halves = [similarity(others, [frames[0]]), similarity(others, [frames[20]])]
     assert similarity(others, [frames[0], frames[20]]) == pytest.approx(sum(halves) / 2, abs=1e-5)
+
+
+def test_a_build_scores_rows_by_a_tower_and_names_it_without_its_path(tower, build, tmp_path):
+    flags = ("--world", "bounce", "--num_rows", 3, "--tower", tower, "--validation_fraction", 0, "--test_fraction", 0)
+    ledger = build("build", *flags, "--min_tower_similarity", -1)
+    assert ledger["scores"]["tower_similarity"]["min"] >= -1
+    named = ledger["stages"]["quality"]["tower"]["model"]
+    assert named.startswith(Path(tower).name + "@")
+    assert str(Path(tower).parent) not in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(SystemExit, match="No row passed"):
+        build("build", *flags, "--min_tower_similarity", 1.5)
+    with pytest.raises(SystemExit, match="--min_tower_similarity needs --tower"):
+        build("build", "--min_tower_similarity", 0.5)
