@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm.auto import tqdm
 from trl import TrlParser
@@ -75,7 +75,7 @@ def parse(command: str, argv: Sequence[str]) -> Arguments:
         manifest = Staging(output).manifest
         if manifest.is_file():
             parser.set_defaults_with_config(**json.loads(manifest.read_text())["arguments"])
-    return parser.parse_args_and_config(argv)  # type: ignore[return-value]
+    return cast(Arguments, parser.parse_args_and_config(argv))
 
 
 def list_source(source: SourceArguments, staging: Staging) -> tuple[list[dict[str, Any]], list[Refused], str]:

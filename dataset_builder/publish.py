@@ -149,18 +149,20 @@ def _published_rows(
 
 
 def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], rows_in_group: int = 32) -> None:
-    """Small row groups: a reader that streams fetches one at a time."""
+    """Small row groups, of 64 MB at most: a reader that streams fetches one at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = FEATURES.arrow_schema
     with pq.ParquetWriter(path, schema, use_content_defined_chunking=True, write_page_index=True) as writer:
         group: list[dict[str, Any]] = []
+        num_bytes = 0
         for row in rows:
             group.append(FEATURES.encode_example(row))
-            if len(group) == rows_in_group:
+            num_bytes += sum(len(row[name]["bytes"]) for name in ("video", "thought_video") if row[name] is not None)
+            if len(group) == rows_in_group or num_bytes > 64_000_000:
                 writer.write_table(pa.Table.from_pylist(group, schema=schema))
-                group = []
+                group, num_bytes = [], 0
         if group:
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
 

@@ -218,7 +218,7 @@ class ThoughtVideoStage(Stage):
 
     def __init__(self, generator: ThoughtVideoGenerator):
         self.generator = generator
-        self.inputs, self.num_gpus = generator.inputs, generator.num_gpus  # type: ignore[misc]
+        self.inputs, self.num_gpus = generator.inputs, generator.num_gpus  # type: ignore[misc]  # one stage, several generators
 
     def settings(self) -> dict[str, Any]:
         return self.generator.settings()

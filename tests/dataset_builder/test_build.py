@@ -483,3 +483,19 @@ def test_an_unknown_command_is_named():
     process = start("bild")
     assert "Unknown command 'bild'. Known: build, keyframes" in process.communicate()[0]
     assert process.returncode != 0
+
+
+def test_many_shards_hold_every_row_once_and_go_when_there_are_fewer(build, tmp_path, monkeypatch):
+    flags = ("--world", "speed", "--num_rows", 12, "--validation_fraction", 0, "--test_fraction", 0)
+    build("build", *flags)
+    ids = load_dataset(str(tmp_path / "out"), split="train")["id"][:]
+    publish = cli.publish
+    monkeypatch.setattr(cli, "publish", lambda *args: publish(*args[:-1], max_shard_bytes=100_000))
+    build("publish")
+    shards = sorted(path.name for path in (tmp_path / "out" / "data").iterdir())
+    assert len(shards) > 2
+    assert shards == [f"train-{n:05d}-of-{len(shards):05d}.parquet" for n in range(len(shards))]
+    assert load_dataset(str(tmp_path / "out"), split="train")["id"][:] == ids
+    monkeypatch.undo()
+    build("publish")
+    assert [path.name for path in (tmp_path / "out" / "data").iterdir()] == ["train-00000-of-00001.parquet"]
