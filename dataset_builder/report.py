@@ -14,8 +14,9 @@ from modeling_storms.video_storms import decode_video
 
 from .pipeline import Outcome, ledger_line
 from .schema import LETTERS
-from .stages import decode_image, segment_sampler
+from .stages import segment_sampler
 from .staging import Staging
+from .thought_video import open_keyframe
 
 
 STRIP_FRAMES = 10
@@ -46,7 +47,7 @@ def write_report(staging: Staging, outcomes: Sequence[Outcome], ledger: dict[str
 def _describe(staging: Staging, outcome: Outcome) -> dict[str, Any]:
     columns = outcome.columns
     media = staging.load({name: columns[name] for name in ("keyframes", "thought_video") if name in columns})
-    keyframes = [_picture(decode_image(keyframe["bytes"])) for keyframe in media.get("keyframes", ())]
+    keyframes = [_picture(np.asarray(open_keyframe(keyframe))) for keyframe in media.get("keyframes", ())]
     strip = []
     if "thought_video" in media and not outcome.is_undecodable:
         frames, _ = decode_video(media["thought_video"]["bytes"], segment_sampler(None, None, STRIP_FRAMES))

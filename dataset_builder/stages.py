@@ -22,7 +22,7 @@ from .keyframes import choose_keyframes
 from .plans import write_plan
 from .schema import Rejected, SchemaError, check_columns
 from .teacher import KEYFRAMES, REASONING_PLAN, Teacher, TeacherRequest
-from .thought_video import ThoughtVideoGenerator, encode_video
+from .thought_video import ThoughtVideoGenerator, encode_video, open_keyframe
 from .validate import Thresholds, TowerSimilarity, check, score, signature
 
 
@@ -200,7 +200,7 @@ class PlanStage(Stage):
         return {"teacher": teacher_settings(self.teacher, REASONING_PLAN), "max_characters": MAX_PLAN_CHARACTERS}
 
     def process(self, row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        frames = np.stack([decode_image(keyframe["bytes"]) for keyframe in row["keyframes"]])
+        frames = np.stack([np.asarray(open_keyframe(keyframe)) for keyframe in row["keyframes"]])
         request = request_of(row, frames, row["keyframe_timestamps"])
         plan, details = write_plan(self.teacher, request, MAX_PLAN_CHARACTERS, self.max_attempts)
         return {"reasoning_plan": plan}, details
@@ -265,7 +265,7 @@ class QualityStage(Stage):
                 "thought_video_undecodable",
                 f"decoded {len(frames)} frames at {metadata.fps:.2f} fps, recorded {recorded[0]} at {recorded[1]}",
             )
-        keyframes = [decode_image(keyframe["bytes"]) for keyframe in row["keyframes"]]
+        keyframes = [np.asarray(open_keyframe(keyframe)) for keyframe in row["keyframes"]]
         scores = score(frames, metadata.fps, keyframes)
         if self.tower is not None:
             scores["tower_similarity"] = self.tower(frames, keyframes)
@@ -335,9 +335,3 @@ def encode_image(frame: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(frame).save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return file.getvalue()
-
-
-def decode_image(data: bytes) -> np.ndarray:
-    """`(height, width, 3)` uint8 RGB."""
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB"))
