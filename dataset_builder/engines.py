@@ -77,7 +77,9 @@ def run_ray(output: str, stages: Sequence[Stage], rows: Sequence[str], num_worke
     for stage_idx, stage in enumerate(stages):
         available = int(resources.get("GPU", 0) // stage.num_gpus if stage.num_gpus else resources.get("CPU", 1))
         if available == 0:
-            raise RuntimeError(f"Stage {stage.name!r} needs {stage.num_gpus} GPU(s), but the Ray cluster has none.")
+            raise ValueError(
+                f"--engine ray: stage {stage.name!r} needs {stage.num_gpus} GPU(s), but the Ray cluster has none."
+            )
         data = data.map_batches(
             StagedStage,
             fn_constructor_args=(output, list(stages), stage_idx),

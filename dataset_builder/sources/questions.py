@@ -176,7 +176,7 @@ def open_root(video_root: Path, unpack_to: Path) -> tuple[Path, list[Refused]]:
         raise ValueError(f"--video_root {str(video_root)!r}: there is no such folder or archive.")
     found = video_root.stat()
     key = hashlib.sha256(f"{video_root.resolve()}/{found.st_size}/{found.st_mtime_ns}".encode()).hexdigest()[:16]
-    folder, partial = unpack_to / key, unpack_to / f"{key}.partial"
+    folder, unfinished = unpack_to / key, unpack_to / f"{key}.partial"
     refused = []
     for name, is_safe, extract in _members(video_root):
         if not is_safe:
@@ -184,10 +184,10 @@ def open_root(video_root: Path, unpack_to: Path) -> tuple[Path, list[Refused]]:
                 Refused(name, "unsafe_archive_member", "its name or link leads out of the archive's folder")
             )
         elif not folder.is_dir():
-            extract(partial)
+            extract(unfinished)
     if not folder.is_dir():
-        partial.mkdir(parents=True, exist_ok=True)
-        partial.rename(folder)
+        unfinished.mkdir(parents=True, exist_ok=True)
+        unfinished.rename(folder)
     return folder, refused
 
 
