@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import DatasetInfo, Features, SplitDict, SplitInfo
-from huggingface_hub import DatasetCard, DatasetCardData
+from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
 
 TEMPLATES = Path(__file__).parent
@@ -73,6 +73,47 @@ def render_dataset_card(
         is_simulated=set(ledger["licenses"]) == {"simulated"},
     )
     return str(card)
+
+
+STAGES = {
+    "sft": "Supervised fine-tuning on answers, without latent blocks.",
+    "stage1": "Stage I: answers, and a regression of the latent states to features of thought videos.",
+    "stage2": "Stage II: answers only, with gradients through the model's own latent states.",
+}
+
+
+def render_model_card(repo_id: str, training: Mapping[str, Any]) -> str:
+    """The README.md of a checkpoint that a training run saved.
+
+    Args:
+        repo_id (`str`): its name on the Hub, or its folder's.
+        training (`Mapping`): the run's `training.json`: what was trained, on what, and its last logged metrics.
+    """
+    names = [name for name in training["datasets"] if not is_local(name)]
+    base = training["base_model"]
+    data = ModelCardData(
+        base_model=base if base and not is_local(base) else None,
+        datasets=names or None,
+        library_name="transformers",
+        pipeline_tag="video-text-to-text",
+        tags=["storms", "latent-reasoning", "video", "custom_code", "trl", training["stage"]],
+    )
+    shown = {**training, "datasets": [Path(name).name if is_local(name) else name for name in training["datasets"]]}
+    shown["base_model"] = Path(base).name if base and is_local(base) else base
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATES / "model_card.md.jinja"),
+        title=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        training=shown,
+        stages=STAGES,
+    )
+    return str(card)
+
+
+def is_local(name: str) -> bool:
+    """Whether a model's or dataset's name is a folder of this machine, which a card must not show."""
+    return Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
 
 
 def _size_category(num_rows: int) -> str:

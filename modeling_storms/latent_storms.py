@@ -63,7 +63,8 @@ class StormsOutput(ModelOutput):
         latent_loss (`torch.Tensor` of shape `()`): squared error between states and targets, mean over slots and
             hidden dimensions, in at least float32.
         stop_loss (`torch.Tensor` of shape `()`): loss of the stay-or-end decision, mean over slots.
-        logits (`torch.Tensor` of shape `(batch, num_logits, vocab_size)`).
+        logits (`torch.Tensor` of shape `(batch, num_logits, vocab_size)`): with a mask as `logits_to_keep`,
+            `(1, num_kept, vocab_size)`, the rows' positions one after another.
         latent_states (`torch.Tensor` of shape `(batch, max_slots, hidden_size)`): the vector each slot should hold,
             in order, zero after a row's last slot; None where the batch has no slot.
         latent_mask (`torch.BoolTensor` of shape `(batch, max_slots)`): which of them exist.
@@ -404,6 +405,10 @@ class RolloutLayout:
     chunk_widths: list[int]  # columns of chunk 0, 1, ...
     block_widths: list[int]  # columns of the block after each chunk
 
+    @property
+    def num_passes(self) -> int:
+        return sum(width > 0 for width in self.chunk_widths) + sum(self.block_widths)
+
     @classmethod
     def plan(cls, is_slot: torch.Tensor, kept: torch.Tensor) -> "RolloutLayout":
         batch_size, length = is_slot.shape
@@ -489,6 +494,7 @@ class LatentReasoningMixin(Backbone):
         latent_feedback: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         num_slots_in_batch: int | torch.Tensor | None = None,
+        num_passes: int | None = None,
         **kwargs: Any,
     ) -> StormsOutput:
         """The backbone's forward, plus latent blocks in training (STORMS, Sec. 3.3).
@@ -501,6 +507,9 @@ class LatentReasoningMixin(Backbone):
                 length, padding side, number of slots and number of blocks.
             labels (`torch.LongTensor` of shape `(batch, length)`): -100 is ignored. Slots never carry a token label,
                 whatever stands there: use `stop_supervision` to train the stay-or-end decision.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): as in transformers; or a
+                `torch.BoolTensor` of shape `(batch, length)`, the positions whose logits are computed. Those that a
+                label or `stop_supervision` needs must be among them.
             latent_input (`str`, *optional*): what fills the slots. `"teacher_forced"`: `latent_targets`, in one
                 parallel pass. `"rollout"`: the model's own states, with gradient: text in one pass per chunk, slots
                 one position at a time, about one forward's work in all.
@@ -515,6 +524,9 @@ class LatentReasoningMixin(Backbone):
                 vector to feed in a decoding step to rows whose id is `<|latent_pad|>`.
             num_items_in_batch, num_slots_in_batch (`int`, *optional*): labelled tokens and slots of the whole global
                 batch (accumulation and ranks included), to divide the losses by instead of this batch's own.
+            num_passes (`int`, *optional*): passes of the backbone that a rollout must make at least. What its own
+                slots don't need runs idle. Ranks that share weights must all make as many, or they wait for each other
+                for ever; `num_rollout_passes` tells how many a batch needs.
 
         Raises:
             ValueError: if slots come without `latent_input` (their states would be the embedding of a token that
@@ -596,13 +608,20 @@ class LatentReasoningMixin(Backbone):
                 hidden_states = outputs.last_hidden_state
             elif latent_input == "rollout":
                 outputs = None
-                hidden_states = self._rollout(input_ids, kept, position_ids, is_slot, sight, vision, kwargs)
+                hidden_states = self._rollout(
+                    input_ids, kept, position_ids, is_slot, sight, vision, num_passes or 0, kwargs
+                )
             else:
                 raise ValueError(f"latent_input is {latent_input!r}, but must be None or one of {LATENT_INPUTS}.")
 
         # 2. Logits; a slot's state is the hidden state of the position before it.
-        kept_logits = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept_logits])
+        chosen = None  # (B, L)
+        if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool:
+            chosen = logits_to_keep
+            logits = self.lm_head(hidden_states[chosen])[None]
+        else:
+            kept_logits = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept_logits])
         training: dict[str, torch.Tensor] = {}
         if is_slot is not None and is_slot.any():
             states, mask = _gather_ragged(hidden_states[:, :-1], is_slot[:, 1:])
@@ -614,9 +633,16 @@ class LatentReasoningMixin(Backbone):
                 labels, is_slot, num_items_in_batch, num_slots_in_batch, latent_targets, stop_supervision
             )
         if labels is not None:
+            labels = labels if is_slot is None else labels.masked_fill(is_slot, -100)
+            shift_labels = None
+            if chosen is not None:
+                shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+                self._check_chosen(chosen, shift_labels != -100, "labels")
+                shift_labels = shift_labels[chosen][None]
             training["lm_loss"] = training["loss"] = self.loss_function(
                 logits=logits,
-                labels=labels if is_slot is None else labels.masked_fill(is_slot, -100),
+                labels=labels,
+                shift_labels=shift_labels,
                 vocab_size=self.config.get_text_config().vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
@@ -628,10 +654,13 @@ class LatentReasoningMixin(Backbone):
                 training["latent_loss"] = _latent_loss(states, latent_targets, mask) / num_slots
                 training["loss"] = training.get("loss", 0.0) + latent_loss_weight * training["latent_loss"]
             if stop_supervision != "none":
-                if logits.shape[1] != is_slot.shape[1]:
+                before_slots = torch.nn.functional.pad(is_slot[:, 1:], (0, 1))
+                if chosen is not None:
+                    self._check_chosen(chosen, before_slots, "stop_supervision")
+                    before_slots = before_slots[chosen][None]
+                elif logits.shape[1] != is_slot.shape[1]:
                     raise ValueError("stop_supervision needs the logits of all positions: leave logits_to_keep at 0.")
-                before_slots = logits[:, :-1][is_slot[:, 1:]]
-                training["stop_loss"] = self._stop_loss(before_slots, stop_supervision) / num_slots
+                training["stop_loss"] = self._stop_loss(logits[before_slots], stop_supervision) / num_slots
                 training["loss"] = training.get("loss", 0.0) + training["stop_loss"]
         return StormsOutput(
             logits=logits,
@@ -661,6 +690,26 @@ class LatentReasoningMixin(Backbone):
                 "labels hold token labels at latent slots, which are not trained as tokens, so num_items_in_batch "
                 "counts too many. Set them to -100; stop_supervision trains the stay-or-end decision."
             )
+
+    @staticmethod
+    def _check_chosen(chosen, needed, name: str) -> None:
+        if (missing := needed & ~chosen).any():
+            row, position = missing.nonzero()[0].tolist()
+            raise ValueError(
+                f"logits_to_keep leaves out position {position} of row {row}, whose logits {name} need. Keep every "
+                "position before a label, and with stop_supervision every position before a slot."
+            )
+
+    def num_rollout_passes(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> int:
+        """Passes of the backbone that `latent_input="rollout"` makes for a batch: one a chunk of text, one a column of
+        slots.
+
+        Args:
+            input_ids, attention_mask (`torch.Tensor` of shape `(batch, length)`): as for `forward`.
+        """
+        is_slot = self._find_slots(input_ids)
+        kept = torch.ones_like(is_slot) if attention_mask is None else attention_mask.to(is_slot)
+        return RolloutLayout.plan(is_slot, kept | is_slot).num_passes
 
     def _refuse_slots(self, input_ids: torch.Tensor) -> None:
         pad_id = getattr(self.config, "latent_pad_token_id", None)
@@ -762,7 +811,7 @@ class LatentReasoningMixin(Backbone):
             if hook is not None:
                 hook.remove()
 
-    def _rollout(self, input_ids, kept, position_ids, is_slot, sight, vision, kwargs) -> torch.Tensor:
+    def _rollout(self, input_ids, kept, position_ids, is_slot, sight, vision, num_passes, kwargs) -> torch.Tensor:
         """Post-norm hidden states `(batch, length, hidden_size)`, slots fed by the states before them; zeros at
         padding."""
         if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
@@ -785,6 +834,13 @@ class LatentReasoningMixin(Backbone):
         positions = positions.gather(-1, layout.source.expand(*positions.shape[:-1], -1))
         if sight is not None:
             sight = tuple(mask.gather(1, layout.source) & layout.filled for mask in sight)
+        # Idle passes go to columns past the end that nobody sees; their outputs are part of the graph all the same,
+        # so that sharded weights are gathered as often in the backward pass.
+        if (idle := max(0, num_passes - layout.num_passes)) > 0:
+            ids = torch.nn.functional.pad(ids, (0, idle), value=self.latent_tokens.pad)
+            seen = torch.nn.functional.pad(seen, (0, idle))
+            positions = torch.nn.functional.pad(positions, (0, idle))
+            sight = sight and tuple(torch.nn.functional.pad(mask, (0, idle)) for mask in sight)
 
         # 2. Text in chunks, slots one by one, keys and values carried along with their gradient.
         pieces: list[torch.Tensor] = []
@@ -812,6 +868,8 @@ class LatentReasoningMixin(Backbone):
                     vision = {}
                 for _ in range(block_width):
                     advance(1, inputs_embeds=pieces[-1][:, -1:])
+            for _ in range(idle):
+                advance(1, inputs_embeds=pieces[-1][:, -1:])
         # 3. Back to the rows' own order.
         hidden_states = torch.cat(pieces, dim=1)
         hidden_states = hidden_states.gather(1, layout.column[..., None].expand(-1, -1, hidden_states.shape[-1]))

@@ -13,6 +13,9 @@
 # limitations under the License.
 """STORMS on Qwen2.5-VL: the plain backbone with the latent mode mixed in."""
 
+from typing import Any
+
+import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from .configuration_storms import StormsConfig
@@ -27,6 +30,26 @@ class StormsForConditionalGeneration(LatentReasoningMixin, Qwen2_5_VLForConditio
     """
 
     config: StormsConfig
+
+    def get_target_features(
+        self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, tower: Any = None
+    ) -> tuple[torch.Tensor, ...]:
+        """What the latents of Stage I are to resemble: tokens of the vision tower and its merger, without gradient and
+        before anything that reduces them (STORMS, Sec. 3.3).
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_patches, patch_dim)`): of videos or images, one after another.
+            grid_thw (`torch.LongTensor` of shape `(num_media, 3)`): patches in time, height and width.
+            tower (`torch.nn.Module`, *optional*): a vision tower to use instead of the model's own.
+
+        Returns:
+            `tuple` of `torch.Tensor` of shape `(num_tokens, hidden_size)`, one for each video or image.
+        """
+        tower = self.model.visual if tower is None else tower
+        with torch.no_grad():
+            features = tower(pixel_values.to(tower.dtype), grid_thw=grid_thw, return_dict=True).pooler_output
+        num_tokens = grid_thw.prod(-1) // tower.spatial_merge_size**2
+        return features.split(num_tokens.tolist())
 
 
 StormsForConditionalGeneration.register_for_auto_class("AutoModel")

@@ -115,20 +115,27 @@ class World:
 class ShellGame(World):
     """Identical cups change places, two at a time; one hides a ball that is shown only at the start.
 
-    At chance, exactly: the question, the last frame (all cups look alike), any frame at a known position, the bag of
-    frames, and even all swaps in order without the start. For an observer of the bag knows the start and which pairs
-    swap, but not in which order; an observer of the swaps knows the permutation, but not the start. So the pairs are
-    drawn first, without regard to the answer; then the permutation, uniformly from as many as there are cups, all of
-    which some order of these pairs gives and which take each start to each end once (a coset of a regular group); then
-    the order, uniformly from those that give the permutation. The start is what the permutation takes to the answer.
-    Given start and pairs, all answers are equally likely, and so they are given the ordered swaps. A sample of the
-    frames keeps this if its stride divides `frames_per_swap`; else the phases it catches can tell swaps apart.
+    At chance, exactly, with at least as many swaps as cups: the question, the last frame (all cups look alike), any
+    frame at a known position, the bag of frames, and even all swaps in order without the start. For an observer of the
+    bag knows the start and which pairs swap, but not in which order; an observer of the swaps knows the permutation,
+    but not the start. So the pairs are drawn first, without regard to the answer; then the permutation, uniformly from
+    as many as there are cups, all of which some order of these pairs gives and which take each start to each end once
+    (a coset of a regular group); then the order, uniformly from those that give the permutation. The start is what the
+    permutation takes to the answer. Given start and pairs, all answers are equally likely, and so they are given the
+    ordered swaps. A sample of the frames keeps this if its stride divides `frames_per_swap`; else the phases that it
+    catches can tell swaps apart.
+
+    With fewer swaps than cups, pairs can't give all those permutations. Each swap is then drawn uniformly and on its
+    own, and the start is again what the permutation takes to the answer. The question, the last frame and all swaps
+    without the start are still at chance, exactly. The bag of frames is not: start and pairs together can rule answers
+    out, and with one swap they give the answer. A frame that shows the start is at chance with 3 cups, not with 4: the
+    ball ends under its first cup with probability 1/2, 1/3 or 5/18 after 1, 2 or 3 swaps.
 
     Thought video: the same clip, with the ball seen through its cup.
 
     Args:
         num_cups (`int`): 3 or 4.
-        num_swaps (`int`): from `num_cups`, as fewer can't give all the permutations that the argument needs, to 10.
+        num_swaps (`int`): 1 to 10; with fewer than `num_cups`, the bag of frames tells something (see above).
         frames_per_swap (`int`): at 12 frames a second; fewer is faster.
     """
 
@@ -139,30 +146,16 @@ class ShellGame(World):
     frames_per_swap: int = 8
 
     def __post_init__(self) -> None:
-        self._check_dials(num_cups=(3, 4), num_swaps=(3, 10), frames_per_swap=(4, 48))
-        if self.num_swaps < self.num_cups:
-            raise ValueError(
-                f"World {self.name!r}: saw num_swaps={self.num_swaps} with num_cups={self.num_cups}, expected at "
-                "least as many swaps as cups: with fewer, the swapped pairs alone can rule out an answer."
-            )
+        self._check_dials(num_cups=(3, 4), num_swaps=(1, 10), frames_per_swap=(4, 48))
 
     @property
     def num_answers(self) -> int:
         return self.num_cups
 
     def sample(self, rng: np.random.Generator, answer_idx: int) -> "ShellGameScene":
-        pairs = list(combinations(range(self.num_cups), 2))
-        while True:
-            counts = tuple(int(count) for count in rng.multinomial(self.num_swaps, [1 / len(pairs)] * len(pairs)))
-            num_orders = _num_orders(counts, self.num_cups)
-            reachable = sorted(num_orders)
-            first = reachable[rng.integers(len(reachable))]
-            coset = [tuple(first[cup] for cup in element) for element in _REGULAR_GROUPS[self.num_cups]]
-            if all(permutation in num_orders for permutation in coset):
-                break
-        permutation = coset[rng.integers(len(coset))]
+        draw = self._draw_regular if self.num_swaps >= self.num_cups else self._draw_independent
+        swaps, permutation = draw(rng)
         start = permutation.index(answer_idx)
-        swaps = [pairs[pair_idx] for pair_idx in _draw_order(rng, counts, permutation)]
 
         names = ["left", "middle", "right"]
         options = tuple(f"{name} cup" for name in names)
@@ -200,6 +193,29 @@ class ShellGame(World):
             cup_color=COLORS[cup_color],
             ball_color=COLORS[ball_color],
         )
+
+    def _draw_regular(self, rng: np.random.Generator) -> tuple[list[tuple[int, int]], tuple[int, ...]]:
+        """Swaps whose pairs alone say nothing of where a cup ends, and their permutation."""
+        pairs = list(combinations(range(self.num_cups), 2))
+        while True:
+            counts = tuple(int(count) for count in rng.multinomial(self.num_swaps, [1 / len(pairs)] * len(pairs)))
+            num_orders = _num_orders(counts, self.num_cups)
+            reachable = sorted(num_orders)
+            first = reachable[rng.integers(len(reachable))]
+            coset = [tuple(first[cup] for cup in element) for element in _REGULAR_GROUPS[self.num_cups]]
+            if all(permutation in num_orders for permutation in coset):
+                break
+        permutation = coset[rng.integers(len(coset))]
+        return [pairs[pair_idx] for pair_idx in _draw_order(rng, counts, permutation)], permutation
+
+    def _draw_independent(self, rng: np.random.Generator) -> tuple[list[tuple[int, int]], tuple[int, ...]]:
+        """Swaps drawn uniformly, each on its own, and their permutation."""
+        pairs = list(combinations(range(self.num_cups), 2))
+        swaps = [pairs[pair_idx] for pair_idx in rng.integers(len(pairs), size=self.num_swaps)]
+        permutation = tuple(range(self.num_cups))
+        for low, high in swaps:
+            permutation = _swap_ends(permutation, low, high)
+        return swaps, permutation
 
 
 _INTRO_FRAMES, _LIFTED_FRAMES, _REST_FRAMES = 12, 6, 4

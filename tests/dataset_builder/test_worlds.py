@@ -152,7 +152,7 @@ def test_wrong_arguments_are_named_by_the_call_itself(arguments, message):
     ("world", "dials", "message"),
     [
         (ShellGame, {"num_cups": 2}, "num_cups=2, expected a whole number from 3 to 4"),
-        (ShellGame, {"num_cups": 4, "num_swaps": 3}, "at least as many swaps as cups"),
+        (ShellGame, {"num_swaps": 0}, "num_swaps=0, expected a whole number from 1 to 10"),
         (ShellGame, {"num_swaps": 4.5}, "whole number"),
         (Bounce, {"seconds_ahead": "2"}, "expected a number"),
         (Bounce, {"margin": float("nan")}, "margin=nan"),
@@ -194,6 +194,8 @@ def test_scenes_look_different(world):
     [
         ("shell_game", {"num_cups": 4, "num_swaps": 4}),
         ("shell_game", {"num_swaps": 3}),
+        ("shell_game", {"num_swaps": 1}),
+        ("shell_game", {"num_cups": 4, "num_swaps": 3}),
         ("shell_game", {"num_cups": 4, "num_swaps": 7, "frames_per_swap": 5}),
         ("bounce", {"seconds_ahead": 1.0, "margin": 0.0}),
         ("order", {"num_lamps": 3, "num_rounds": 1, "frames_per_lamp": 5}),
@@ -243,6 +245,44 @@ def test_shell_game_starts_and_swapped_pairs_leave_every_cup_possible():
                 ball = high if ball == low else low if ball == high else ball
             reachable.add(ball)
         assert reachable == {0, 1, 2}
+
+
+@pytest.mark.parametrize("num_cups", [3, 4])
+@pytest.mark.parametrize("num_swaps", [1, 2])
+def test_shell_game_with_fewer_swaps_than_cups_is_still_not_told_by_swaps_or_last_frame(num_cups, num_swaps):
+    world, pairs = ShellGame(num_cups=num_cups, num_swaps=num_swaps), Counter()
+    for seed in range(600):
+        alike = [world.sample(np.random.default_rng([num_cups, num_swaps, seed]), idx) for idx in range(num_cups)]
+        assert [scene.cups_at(scene.num_frames - 1)[1] for scene in alike] == list(range(num_cups))
+        assert [scene.answer_idx for scene in alike] == list(range(num_cups))
+        # All answers share swaps, colours and places, so given those the start is as uniform as the answer.
+        assert sorted(scene.start for scene in alike) == list(range(num_cups))
+        assert len({dataclasses.replace(scene, start=0, answer_idx=0, plan="") for scene in alike}) == 1
+        pairs.update(alike[0].swaps)
+        if seed < 3:
+            last = alike[0].num_frames - 1
+            other = dataclasses.replace(alike[0], start=alike[1].start)
+            assert (other.frame(last) == alike[0].frame(last)).all()
+            assert (other.thought_frame(last) != alike[0].thought_frame(last)).any()
+    num_pairs = num_cups * (num_cups - 1) // 2
+    expected = 600 * num_swaps / num_pairs
+    assert len(pairs) == num_pairs
+    assert all(abs(count - expected) < 5 * expected**0.5 for count in pairs.values())
+
+
+def test_shell_game_ball_ends_under_its_first_cup_as_often_as_the_docstring_says():
+    stays = {(3, 1): 1 / 3, (3, 2): 1 / 3, (4, 1): 1 / 2, (4, 2): 1 / 3, (4, 3): 5 / 18}
+    for (num_cups, num_swaps), expected in stays.items():
+        swaps = list(itertools.combinations(range(num_cups), 2))
+        ends = [0] * num_cups
+        for order in itertools.product(swaps, repeat=num_swaps):
+            ball = 0
+            for pair in order:
+                ball = pair[1 - pair.index(ball)] if ball in pair else ball
+            ends[ball] += 1
+        assert ends[0] / sum(ends) == pytest.approx(expected)
+        drawn = scenes("shell_game", 1200, num_cups=num_cups, num_swaps=num_swaps)
+        assert np.mean([scene.start == scene.answer_idx for scene in drawn]) == pytest.approx(expected, abs=0.06)
 
 
 def test_bounce_thought_video_continues_the_clip_and_ends_in_the_answer():

@@ -1,0 +1,1 @@
+"""Evaluates checkpoints: benchmark -> prompt -> model -> parsed answer -> metric."""

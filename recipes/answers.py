@@ -1,0 +1,64 @@
+"""Answers by real generation, as a user of a checkpoint gets them, scored against the dataset's."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dataset_builder.schema import LETTERS
+from evaluation.parsing import matches_free_form, parse_choice
+from modeling_storms.latent_storms import LatentReasoningMixin
+
+from .collator import StormsCollator, row_name
+
+
+@torch.no_grad()
+def answer_rows(
+    model: LatentReasoningMixin,
+    collator: StormsCollator,
+    rows: Sequence[Mapping[str, Any]],
+    batch_size: int = 8,
+    max_new_tokens: int = 32,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Generate an answer to each row with the checkpoint's own defaults, and score it.
+
+    Args:
+        model (`StormsForConditionalGeneration`): in evaluation mode.
+        collator (`StormsCollator`): makes the prompts.
+        rows (`Sequence[Mapping]`): questions with answers.
+        batch_size (`int`): rows at once.
+        max_new_tokens (`int`): of text; a block's tokens are added to it.
+        options: of `generate`, for example `latent_mode` or `latent_intervention`.
+
+    Returns:
+        One `dict` a row: `name`, `text`, `choice` (the letter it was parsed to, or None), `is_parsed`, `is_correct`,
+        `latent_length`, `latent_states` `(num_slots, hidden_size)`.
+    """
+    device = model.get_input_embeddings().weight.device
+    slots = options.get("latent_size") or getattr(model.generation_config, "latent_size", None) or 0
+    results = []
+    for begin in range(0, len(rows), batch_size):
+        batch = rows[begin : begin + batch_size]
+        inputs: Any = {name: value.to(device) for name, value in collator.prompts(batch).items()}
+        out = model.generate(
+            **inputs, max_new_tokens=max_new_tokens + slots + 2, return_dict_in_generate=True, **options
+        )
+        texts = collator.processor.batch_decode(
+            out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        for row, text, states in zip(batch, texts, out.latent_states):
+            choices = dict(zip(LETTERS, row.get("options") or []))
+            choice = parse_choice(text, choices) if choices else None
+            results.append(
+                {
+                    "name": row_name(row),
+                    "text": text,
+                    "choice": choice,
+                    "is_parsed": choice is not None if choices else bool(text.strip()),
+                    "is_correct": choice == row["answer"] if choices else matches_free_form(text, row["answer"]),
+                    "latent_length": len(states),
+                    "latent_states": states.float().cpu(),
+                }
+            )
+    return results

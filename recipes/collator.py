@@ -1,0 +1,345 @@
+"""Rows to batches: the prompt as at inference, the latent block, the answer, and which of it carries a label."""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.video_utils import VideoMetadata
+from trl.data_utils import prepare_multimodal_messages
+
+from evaluation.prompts import storms_prompt
+from modeling_storms import StormsProcessor
+from modeling_storms.processing_storms import LATENT_TOKENS
+from modeling_storms.video_storms import VideoDecodeError, decode_video
+
+
+IGNORED = -100
+MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+TARGET_MEDIA = ("target_pixel_values", "target_grid_thw", "target_media_per_row")
+
+
+class RowError(ValueError):
+    """A row can't be trained on; names the row, what was seen, what was expected and what to do."""
+
+
+def row_name(row: Mapping[str, Any]) -> str:
+    """What errors call a row: its id, else the first of its texts."""
+    if row.get("id"):
+        return str(row["id"])
+    messages = row.get("messages")
+    return str(row.get("video_path") or row.get("question") or (messages[0]["content"] if messages else row))[:80]
+
+
+@dataclass
+class Example:
+    """One row, encoded.
+
+    Args:
+        name (`str`): of the row.
+        input_ids, labels, mm_token_type_ids (`list[int]`): of one length; labels are -100 where nothing is trained.
+        media (`dict`): what the processor made of the row's images and videos.
+        targets (`torch.Tensor` of shape `(num_slots, hidden_size)`, *optional*): from the dataset.
+        target_media (`dict`): pixels and grids to encode into targets.
+    """
+
+    name: str
+    input_ids: list[int]
+    labels: list[int]
+    mm_token_type_ids: list[int]
+    media: dict[str, torch.Tensor]
+    targets: torch.Tensor | None = None
+    target_media: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class StormsCollator:
+    """Makes the batches of every stage, and prompts for generation; all label masking happens here.
+
+    A row of the dataset contract, or any row with `question`, `answer` and a video, becomes
+    `[visual context][question]<|latent_start|><|latent_pad|>*K<|latent_end|>[answer]<|im_end|>`, labelled from
+    `<|latent_start|>` on except for the slots. A conversational row (`messages`, perhaps `images`) gets no block;
+    its assistant turns are labelled.
+
+    Args:
+        processor (`StormsProcessor`): the checkpoint's; its `num_frames` and pixel limits are used.
+        stage (`str`): `"sft"` (no blocks), `"stage1"` (blocks and targets) or `"stage2"` (blocks).
+        latent_size (`int`, *optional*): K; None for one slot a token of the target.
+        visual_context (`str`): `"keyframes"`, `"video"` or `"both"`.
+        video_root (`str`, *optional*): folder of the rows' `video_path`.
+        max_length (`int`, *optional*): a longer row is an error.
+        padding_side (`str`): `"left"` or `"right"`.
+        target_source (`str`): `"thought_video"`, `"keyframes"` or `"self_distilled"`, the row's own video.
+        num_target_frames (`int`): frames sampled from a video for targets.
+        cache (`dict`, *optional*): keeps every row's `Example` in memory by its name.
+
+    Raises:
+        RowError: by the call, if a row lacks what its stage needs, its answer is empty, its targets have another K, or
+            it is longer than `max_length`: it is never cut, as that would go through visual tokens or the block.
+    """
+
+    processor: StormsProcessor
+    stage: str = "stage2"
+    latent_size: int | None = 8
+    visual_context: str = "video"
+    video_root: str | None = None
+    max_length: int | None = None
+    padding_side: str = "left"
+    target_source: str = "thought_video"
+    num_target_frames: int = 16
+    cache: dict[str, Example] | None = None
+
+    def __post_init__(self):
+        self.tokenizer = self.processor.tokenizer
+        self.start_id, self.pad_id, self.end_id = self.tokenizer.convert_tokens_to_ids(list(LATENT_TOKENS))
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        return self.collate([self.encode(row) for row in rows])
+
+    def encode(self, row: Mapping[str, Any]) -> Example:
+        """One row, as it is trained on."""
+        name = row_name(row)
+        if self.cache is not None and name in self.cache:
+            return self.cache[name]
+        example = self._conversation(row, name) if row.get("messages") else self._question(row, name)
+        if self.max_length is not None and len(example.input_ids) > self.max_length:
+            raise RowError(
+                f"Row {name!r} has {len(example.input_ids)} tokens, but max_length is {self.max_length}. Nothing is "
+                "cut: give fewer --num_frames or --max_frame_pixels, raise --max_length, or leave the row out."
+            )
+        if self.cache is not None:
+            self.cache[name] = example
+        return example
+
+    def prompts(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """The rows' prompts as `generate` takes them, padded on the left: nothing of a block or an answer."""
+        examples = []
+        for row in rows:
+            ids, types, media = self._process(*self._prompt(row, row_name(row)))
+            examples.append(Example(row_name(row), ids, [IGNORED] * len(ids), types, media))
+        batch = self._pad(examples, "left")
+        return {name: value for name, value in batch.items() if name not in ("labels", "row_seeds")}
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Pad and stack.
+
+        Returns:
+            `dict` of what `forward` takes, `row_seeds` `(batch,)`, a number that depends on the row alone, and for
+            Stage I either `latent_targets` `(batch, K, hidden_size)` or the media to encode: `target_pixel_values`,
+            `target_grid_thw` and `target_media_per_row` `(batch,)`.
+        """
+        batch = self._pad(examples, self.padding_side)
+        return batch | self._collate_targets(examples) if self.stage == "stage1" else batch
+
+    def _pad(self, examples: Sequence[Example], side: str) -> dict[str, torch.Tensor]:
+        length = max(len(example.input_ids) for example in examples)
+
+        def pad(values: list[int], fill: int) -> list[int]:
+            room = [fill] * (length - len(values))
+            return room + values if side == "left" else values + room
+
+        batch = {
+            "input_ids": torch.tensor([pad(one.input_ids, self.tokenizer.pad_token_id) for one in examples]),
+            "attention_mask": torch.tensor([pad([1] * len(one.input_ids), 0) for one in examples]),
+            "labels": torch.tensor([pad(one.labels, IGNORED) for one in examples]),
+            "mm_token_type_ids": torch.tensor([pad(one.mm_token_type_ids, 0) for one in examples]),
+            "row_seeds": torch.tensor([zlib.crc32(one.name.encode()) for one in examples]),
+        }
+        for name in MEDIA:
+            values = [one.media[name] for one in examples if name in one.media]
+            if values:
+                batch[name] = torch.cat(values)
+        return batch
+
+    def _collate_targets(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        stored = [one.targets for one in examples if one.targets is not None]
+        if len(stored) == len(examples):
+            return {"latent_targets": torch.nn.utils.rnn.pad_sequence(stored, batch_first=True)}
+        if without := [one.name for one in examples if not one.target_media]:
+            raise RowError(
+                f"Rows {without} have no thought video to encode, or stored targets beside rows that have none. Stage "
+                "I takes questions with a thought video only, and targets stored for all rows or for none."
+            )
+        return {
+            "target_pixel_values": torch.cat([one.target_media["pixels"] for one in examples]),
+            "target_grid_thw": torch.cat([one.target_media["grid_thw"] for one in examples]),
+            "target_media_per_row": torch.tensor([len(one.target_media["grid_thw"]) for one in examples]),
+        }
+
+    # ------------------------------------------------------------------ one row
+
+    def _question(self, row: Mapping[str, Any], name: str) -> Example:
+        answer = row.get("answer")
+        if not isinstance(answer, str) or not answer.strip():
+            raise RowError(f"Row {name!r} has answer {answer!r}, expected text. Correct it, or leave the row out.")
+        messages, images, videos = self._prompt(row, name)
+        ids, types, media = self._process(messages, images, videos)
+        # What stands after the prompt, as the chat template writes it; the newline after it is never generated.
+        reply = [*messages, {"role": "assistant", "content": answer.strip()}]
+        before = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        after = self.processor.apply_chat_template(reply, tokenize=False)[len(before) :].rstrip("\n")
+        answer_ids = self.tokenizer(after, add_special_tokens=False)["input_ids"]
+        example = Example(name, ids, [IGNORED] * len(ids), types, media)
+        block: list[int] = []
+        if self.stage == "stage1":
+            num_slots = self._add_targets(example, row)
+            block = [self.start_id, *[self.pad_id] * num_slots, self.end_id]
+        elif self.stage == "stage2":
+            num_slots = self._num_target_tokens(row, name) if self.latent_size is None else self.latent_size
+            block = [self.start_id, *[self.pad_id] * num_slots, self.end_id]
+        added = [*block, *answer_ids]
+        example.input_ids = [*ids, *added]
+        example.labels = [*example.labels, *(IGNORED if token_id == self.pad_id else token_id for token_id in added)]
+        example.mm_token_type_ids = [*types, *[0] * len(added)]
+        return example
+
+    def _conversation(self, row: Mapping[str, Any], name: str) -> Example:
+        images = list(row.get("images") or [])
+        messages = prepare_multimodal_messages(row["messages"], images=images)
+        if not any(message["role"] == "assistant" and message["content"] for message in messages):
+            raise RowError(f"Row {name!r} has no assistant turn to train on. Add one, or leave the row out.")
+        encoded = self.processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+        )
+        ids = encoded["input_ids"][0].tolist()
+        is_trained = torch.as_tensor(encoded["assistant_masks"]).reshape(-1).tolist()
+        types = encoded["mm_token_type_ids"][0].tolist() if "mm_token_type_ids" in encoded else [0] * len(ids)
+        labels = [token_id if trained else IGNORED for token_id, trained in zip(ids, is_trained)]
+        if set(labels) == {IGNORED}:
+            raise RowError(f"Row {name!r}: its assistant turns are empty. Correct it, or leave the row out.")
+        return Example(name, ids, labels, types, {key: encoded[key] for key in MEDIA if key in encoded})
+
+    def _prompt(self, row: Mapping[str, Any], name: str) -> tuple[list[dict], list, list]:
+        """Messages up to the answer, and the images and videos in them."""
+        question = row.get("question")
+        if not isinstance(question, str) or not question.strip():
+            raise RowError(f"Row {name!r} has question {question!r}, expected text, or `messages` instead of both.")
+        images, videos = [], []
+        if self.visual_context in ("video", "both"):
+            videos.append(self.open_video(row, name))
+        if self.visual_context in ("keyframes", "both"):
+            images = list(row.get("keyframes") or [])
+            if not images:
+                raise RowError(f"Row {name!r} has no keyframes. Use --visual_context video, or leave the row out.")
+        content = [{"type": "video"} for _ in videos] + [{"type": "image"} for _ in images]
+        content.append({"type": "text", "text": storms_prompt(question, row.get("options") or [])})
+        return [{"role": "user", "content": content}], images, videos
+
+    def _process(self, messages, images, videos) -> tuple[list[int], list[int], dict[str, torch.Tensor]]:
+        """Ids, token types and media of one prompt."""
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        options: dict[str, Any] = {"images": images} if images else {}
+        if videos:
+            frames, metadata = zip(*videos)
+            options |= {"videos": list(frames), "video_metadata": list(metadata), "do_sample_frames": False}
+        encoded = self.processor(text=[text], return_tensors="pt", **options)
+        ids = encoded["input_ids"][0].tolist()
+        types = encoded["mm_token_type_ids"][0].tolist()
+        if latent := {self.start_id, self.pad_id, self.end_id} & set(ids):
+            names = self.tokenizer.convert_ids_to_tokens(sorted(latent))
+            raise RowError(f"A question holds {', '.join(names)}, which only the latent mode may write: {text!r}.")
+        media = {key: torch.as_tensor(encoded[key]) for key in MEDIA if key in encoded}
+        return ids, types, media
+
+    def open_video(self, row: Mapping[str, Any], name: str) -> tuple[np.ndarray, VideoMetadata]:
+        """Sampled frames of a row's video or of its segment, as the processor samples a file at inference."""
+        video, root = row.get("video"), row.get("video_root") or self.video_root
+        if video is not None and video.get("bytes"):
+            source: Any = video["bytes"]
+        elif row.get("video_path") and root is not None:
+            source = Path(root) / row["video_path"]
+        else:
+            raise RowError(
+                f"Row {name!r} holds no video, and its video_path is {row.get('video_path')!r} with --video_root "
+                f"{root}. Give --video_root, or use --visual_context keyframes."
+            )
+        return self._decode(source, name, None, row.get("video_start"), row.get("video_end"))
+
+    def _decode(self, source, name, num_frames=None, start=None, end=None) -> tuple[np.ndarray, VideoMetadata]:
+        span: dict[str, Any] = {}
+
+        def choose(metadata):
+            times = metadata.frame_timestamps
+            first = int(np.searchsorted(times, (start or 0.0) - 1e-3))
+            last = int(np.searchsorted(times, np.inf if end is None else end - 1e-3))
+            if first >= last:
+                raise RowError(
+                    f"Row {name!r} asks for {start} to {end} seconds of a video of {metadata.duration:.1f} seconds."
+                )
+            span.update(first=first, total_num_frames=last - first)
+            part = VideoMetadata(total_num_frames=last - first, fps=metadata.fps)
+            sampler = self.processor.video_processor
+            if num_frames is not None:
+                return first + sampler.sample_frames(part, num_frames=num_frames, name=name)
+            options = {"num_frames": sampler.num_frames} if sampler.fps is None else {"fps": sampler.fps}
+            return first + sampler.sample_frames(part, **options, name=name)
+
+        try:
+            frames, metadata = decode_video(source, choose)
+        except VideoDecodeError as error:
+            raise RowError(f"Row {name!r}: {error}") from error
+        first, total = span["first"], span["total_num_frames"]
+        indices = [index - first for index in metadata.frames_indices]
+        return frames, VideoMetadata(
+            total_num_frames=total, fps=metadata.fps, duration=total / metadata.fps, frames_indices=indices
+        )
+
+    # ------------------------------------------------------------------ targets
+
+    def _add_targets(self, example: Example, row: Mapping[str, Any]) -> int:
+        """Put the dataset's targets, or the media to make them from, into the example; the number of slots."""
+        stored = row.get("latent_targets")
+        if stored is not None:
+            example.targets = torch.as_tensor(np.asarray(stored, dtype=np.float32))
+            num_slots = len(example.targets)
+            if self.latent_size not in (None, num_slots):
+                raise RowError(
+                    f"Row {example.name!r} has {num_slots} stored latent_targets, but latent_size is "
+                    f"{self.latent_size}. Run `python -m recipes.cache_targets` with --latent_size {self.latent_size}."
+                )
+            return num_slots
+        example.target_media = self.target_media(row)
+        return self.latent_size or self._num_tokens(example.target_media["grid_thw"])
+
+    def target_media(self, row: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Pixels and grids that the row's targets are made from.
+
+        Returns:
+            `dict` of `pixels` `(num_patches, patch_dim)` and `grid_thw` `(num_media, 3)`.
+
+        Raises:
+            RowError: if the row has no thought video (keyframes, video), or it does not decode.
+        """
+        name = row_name(row)
+        if self.target_source == "keyframes":
+            images = list(row.get("keyframes") or [])
+            if not images:
+                raise RowError(f"Row {name!r} has no keyframes for --target_source keyframes. Leave the row out.")
+            encoded = self.processor.image_processor(images=images, return_tensors="pt")
+            return {"pixels": encoded["pixel_values"], "grid_thw": encoded["image_grid_thw"]}
+        if self.target_source == "self_distilled":
+            frames, metadata = self.open_video(row, name)
+        else:
+            thought = row.get("thought_video")
+            if thought is None or not thought.get("bytes"):
+                raise RowError(
+                    f"Row {name!r} has no thought video, which Stage I takes its targets from. Leave the row out, use "
+                    "--target_source keyframes or self_distilled, or train it in Stage II."
+                )
+            frames, metadata = self._decode(thought["bytes"], name, self.num_target_frames)
+        encoded = self.processor.video_processor(
+            videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
+        )
+        return {"pixels": encoded["pixel_values_videos"], "grid_thw": encoded["video_grid_thw"]}
+
+    def _num_target_tokens(self, row: Mapping[str, Any], name: str) -> int:
+        """Slots of a row without pooling, in a stage that needs no targets themselves."""
+        if row.get("latent_targets") is not None:
+            return len(row["latent_targets"])
+        return self._num_tokens(self.target_media(row)["grid_thw"])
+
+    def _num_tokens(self, grid_thw: torch.Tensor) -> int:
+        return int(grid_thw.prod(-1).sum()) // self.processor.video_processor.merge_size**2

@@ -1,0 +1,404 @@
+"""`StormsTrainer`: TRL's SFT trainer with our forward instead of its fused head, and our losses, metrics and saves."""
+
+import copy
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, is_peft_model
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTTrainer
+
+from model_card.render import render_model_card
+
+from .answers import answer_rows
+from .arguments import RESUME_FROM_LAST, StormsTrainingArguments, parse_arguments
+from .checkpoints import last_checkpoint, load_model, lora_config, save_static_files
+from .collator import IGNORED, TARGET_MEDIA, StormsCollator
+from .data import load_data
+from .merge_lora import merge_lora
+from .targets import encode_targets, target_settings
+
+
+# Metrics that a checkpoint's card shows.
+CARD_METRICS = ("loss/lm", "loss/latent", "loss/stop", "latent_cosine", "eval_loss", "eval_accuracy", "eval_parsed")
+
+
+class StormsTrainer(SFTTrainer):
+    """Trains one stage.
+
+    What differs from TRL's trainer: the loss is `forward`'s own (TRL's fused head would run the backbone directly, so
+    that no latent loss is ever computed); every loss is divided by the count of its items in the whole global batch,
+    accumulation and ranks included; ranks make the same number of passes; evaluation also answers rows by generation.
+
+    Args:
+        stage (`str`): `"sft"`, `"stage1"` or `"stage2"`.
+        target_tower (`torch.nn.Module`, *optional*): where targets come from if the model's own vision tower trains.
+        base_model (`str`, *optional*), dataset_names (`Sequence[str]`): what the card names.
+        kwargs: of `SFTTrainer`; `data_collator` is a `StormsCollator`.
+    """
+
+    _tag_names = ["storms", "trl", "sft"]  # noqa: RUF012
+    _name = "STORMS"
+
+    args: StormsTrainingArguments
+    data_collator: StormsCollator
+
+    def __init__(
+        self,
+        *args: Any,
+        stage: str,
+        target_tower: torch.nn.Module | None = None,
+        base_model: str | None = None,
+        dataset_names: Sequence[str] = (),
+        **kwargs: Any,
+    ):
+        self.stage = stage
+        self.target_tower = target_tower
+        self.base_model, self.dataset_names = base_model, list(dataset_names)
+        self._num_slots_in_batch: torch.Tensor | None = None
+        # By mode and name, (sum, count) on the device: read out when something is logged, not at every step.
+        self._sums: dict[str, dict[str, Any]] = {"train": {}, "eval": {}}
+        self._since: float | None = None
+        super().__init__(*args, **kwargs)
+        if self.target_tower is not None:
+            self.target_tower.to(self.args.device)
+
+    # ------------------------------------------------------------------ loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        self._since = self._since or time.perf_counter()
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # Slots are counted over the same micro-batches and ranks as labels.
+        num_slots = torch.zeros((), dtype=torch.long, device=device)
+        for batch in batches:
+            num_slots += (batch["input_ids"] == self.data_collator.pad_id).sum().to(device)
+        if self.accelerator.num_processes > 1:
+            num_slots = self.accelerator.reduce(num_slots, "sum")
+        self._num_slots_in_batch = num_slots
+        return batches, num_items_in_batch
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        seeds = inputs.pop("row_seeds")
+        is_slot = inputs["input_ids"] == self.data_collator.pad_id
+        before_label = torch.nn.functional.pad(inputs["labels"][:, 1:] != IGNORED, (0, 1))
+        kept = before_label  # logits elsewhere would cost much memory and serve nothing
+        if self.stage != "sft":
+            inputs |= self._latent_inputs(model, inputs, seeds, is_slot)
+            if self.args.stop_supervision != "none":
+                kept = kept | torch.nn.functional.pad(is_slot[:, 1:], (0, 1))
+        for name in TARGET_MEDIA:
+            inputs.pop(name, None)
+        num_slots = None
+        if num_items_in_batch is not None:
+            num_slots = self._num_slots_in_batch
+            if self.stage != "sft":
+                inputs["num_slots_in_batch"] = num_slots.clamp(min=1)
+            inputs["num_items_in_batch"] = num_items_in_batch
+        outputs = model(**inputs, logits_to_keep=kept, use_cache=False)
+        self._count(inputs, outputs, is_slot, before_label[kept], num_items_in_batch, num_slots)
+        loss = outputs.loss
+        if num_items_in_batch is not None:
+            # Sums over this rank, divided by counts over all: data parallelism averages gradients over the ranks.
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _latent_inputs(self, model, inputs, seeds, is_slot) -> dict[str, Any]:
+        """What `forward` is told about the batch's blocks."""
+        latent_input = "rollout" if self.stage == "stage2" else self.args.latent_input or "teacher_forced"
+        added: dict[str, Any] = {"latent_input": latent_input, "stop_supervision": self.args.stop_supervision}
+        unwrapped = self._backbone(model)
+        if self.stage == "stage1":
+            if "latent_targets" not in inputs:
+                with self.compute_loss_context_manager():
+                    added["latent_targets"] = encode_targets(
+                        unwrapped,
+                        inputs["target_pixel_values"],
+                        inputs["target_grid_thw"],
+                        inputs["target_media_per_row"],
+                        self.args.latent_size,
+                        self.target_tower,
+                    )
+            added["latent_loss_weight"] = self.args.latent_loss_weight
+        if self.args.latent_bottleneck > 0:
+            # A draw that depends on the row and the step alone: the same in any batch, on any rank, after a resume.
+            step_seed = self.args.seed * 1_000_003 + self.state.global_step
+            draws = (seeds * 2_654_435_761 + step_seed * 40_503) % 2_147_483_647
+            draws = (draws * 48_271) % 2_147_483_647
+            rows = draws < self.args.latent_bottleneck * 2_147_483_647
+            added["latent_bottleneck"] = rows & is_slot.any(1)
+        if self.accelerator.num_processes > 1:
+            added["num_passes"] = self._agree_on_passes(unwrapped, inputs, latent_input)
+        return added
+
+    def _agree_on_passes(self, model, inputs, latent_input: str) -> int:
+        """The most passes that any rank needs; refuses batches in which ranks would wait for each other for ever."""
+        passes = 1
+        if latent_input == "rollout":
+            passes = model.num_rollout_passes(inputs["input_ids"], inputs["attention_mask"])
+        has_media = ["pixel_values" in inputs, "pixel_values_videos" in inputs, "target_pixel_values" in inputs]
+        counts = torch.tensor([passes, *has_media], device=inputs["input_ids"].device)
+        counts = self.accelerator.gather(counts[None])
+        if self._is_sharded(model) and (counts[:, 1:] != counts[:1, 1:]).any():
+            raise ValueError(
+                f"Ranks have batches with different media (images, videos, targets to encode: "
+                f"{counts[:, 1:].tolist()}). With sharded weights each rank must call the vision tower as often: "
+                "train on rows of one kind, or by accelerate_configs/ddp.yaml."
+            )
+        return int(counts[:, 0].max())
+
+    def _is_sharded(self, model) -> bool:
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        return is_deepspeed or self.is_fsdp_enabled or any(isinstance(one, FSDPModule) for one in model.modules())
+
+    def _backbone(self, model: Any) -> Any:
+        """The STORMS model inside whatever wraps it."""
+        model = self.accelerator.unwrap_model(model)
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        if isinstance(model, FSDPModule):  # its own method would find the weights sharded
+            sharded: Any = model
+            register_fsdp_forward_method(sharded, "get_target_features")
+        return model
+
+    # ------------------------------------------------------------------ what is logged
+
+    @torch.no_grad()
+    def _count(self, inputs, outputs, is_slot, is_labelled, num_items, num_slots) -> None:
+        """Add up numerators and denominators of this micro-batch's metrics, without reading them."""
+        labels = inputs["labels"][:, 1:][inputs["labels"][:, 1:] != IGNORED]
+        own_items, own_slots = labels.numel(), is_slot.sum()
+        sums: dict[str, tuple[Any, Any]] = {}
+        divisor = own_items if num_items is None else num_items
+        sums["loss/lm"] = (outputs.lm_loss * divisor, own_items)
+        slot_divisor = own_slots if num_slots is None else num_slots.clamp(min=1)
+        for name, value in (("loss/latent", outputs.latent_loss), ("loss/stop", outputs.stop_loss)):
+            if value is not None:
+                sums[name] = (value * slot_divisor, own_slots)
+        predicted = outputs.logits[0][is_labelled].argmax(-1)
+        sums["mean_token_accuracy"] = ((predicted == labels).sum(), own_items)
+        if outputs.latent_states is not None:
+            states = outputs.latent_states[outputs.latent_mask].float()
+            sums["latent_norm"] = (states.norm(dim=-1).sum(), own_slots)
+            if (targets := inputs.get("latent_targets")) is not None:
+                cosine = torch.cosine_similarity(states, targets.to(states)[outputs.latent_mask], dim=-1)
+                sums["latent_cosine"] = (cosine.sum(), own_slots)
+        mode = "train" if self.model.training else "eval"
+        if mode == "train":
+            sums["num_tokens"] = (inputs["attention_mask"].sum(), 0)
+            sums["num_rows"] = (len(is_slot), 0)
+        for name, pair in sums.items():
+            now = torch.stack([torch.as_tensor(one, dtype=torch.float64, device=is_slot.device) for one in pair])
+            self._sums[mode][name] = self._sums[mode].get(name, 0) + now
+
+    def _read_metrics(self, mode: str) -> dict[str, float]:
+        """The metrics since they were last read, over all ranks."""
+        known = ["loss/lm", "loss/latent", "loss/stop", "mean_token_accuracy", "latent_norm", "latent_cosine"]
+        names = [*known, "num_tokens", "num_rows"]
+        sums = self._sums[mode]
+        if not sums and self.accelerator.num_processes == 1:
+            return {}
+        zero = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        table = torch.stack([sums.get(name, zero) for name in names])
+        if self.accelerator.num_processes > 1:
+            table = self.accelerator.reduce(table, "sum")
+        self._sums[mode] = {}
+        values = dict(zip(names, table.tolist()))
+        metrics = {name: values[name][0] / values[name][1] for name in known if values[name][1] > 0}
+        if mode == "train" and self._since is not None:
+            seconds = time.perf_counter() - self._since
+            self._total_train_tokens += int(values["num_tokens"][0])
+            metrics["num_tokens"] = self._total_train_tokens
+            metrics["tokens_per_second"] = values["num_tokens"][0] / seconds
+            metrics["items_per_second"] = values["num_rows"][0] / seconds
+            self._since = time.perf_counter()
+        if torch.cuda.is_available():
+            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        else:
+            import resource
+
+            metrics["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        prefix = "eval_" if mode == "eval" else ""
+        logs |= {f"{prefix}{name}": value for name, value in self._read_metrics(mode).items()}
+        super().log(logs, start_time)
+
+    # ------------------------------------------------------------------ evaluation
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.args.eval_answers > 0:
+            measured = self._answer(dataloader.dataset)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
+        self._since = None  # throughput is that of training
+        return EvalLoopOutput(*output)
+
+    def _answer(self, dataset) -> dict[str, float]:
+        """Accuracy of real answers, in the mode that a user of the checkpoint gets, each rank on its share."""
+        rows: list[dict[str, Any]] = []
+        for row in dataset:
+            if len(rows) == self.args.eval_answers:
+                break
+            if not row.get("messages"):
+                rows.append(row)
+        if not rows:
+            return {}
+        rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
+        mine = rows[rank::num_ranks]
+        # Ranks that share weights must all generate as often.
+        padded = mine + rows[: -(-len(rows) // num_ranks) - len(mine)]
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        answers = answer_rows(
+            model,
+            self.data_collator,
+            padded,
+            batch_size=self.args.per_device_eval_batch_size,
+            max_new_tokens=self.args.eval_max_new_tokens,
+        )[: len(mine)]
+        slots = getattr(self.model.config, "latent_size", 0)
+        counts = [
+            len(mine),
+            *(sum(one[name] for one in answers) for name in ("is_correct", "is_parsed")),
+            sum(one["latent_length"] == slots for one in answers),
+        ]
+        table = torch.tensor(counts, dtype=torch.float64, device=self.args.device)
+        if num_ranks > 1:
+            table = self.accelerator.reduce(table, "sum")
+        total, correct, parsed, full = table.tolist()
+        return {"accuracy": correct / total, "parsed": parsed / total, "full_blocks": full / total}
+
+    # ------------------------------------------------------------------ saving
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+        """Train, from a checkpoint folder on, or from `"last"`: the last whole one, if there is any."""
+        output = Path(self.args.output_dir)
+        if resume_from_checkpoint in RESUME_FROM_LAST or resume_from_checkpoint is True:
+            last = last_checkpoint(output)
+            resume_from_checkpoint = None if last is None else str(last)
+            self.accelerator.print(f"Resuming from {last}" if last else f"No checkpoint in {output} yet: starting.")
+        if self.args.should_save:
+            # The push of a checkpoint in mid-training adds only weights to these.
+            save_static_files(self._backbone(self.model), self.processing_class, output)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers'; but a finished LoRA run leaves the merged model in the output folder, and the adapter in
+        `adapter/`: with both in one folder, `AutoModel` would look for the adapter's base instead."""
+        root = self.args.output_dir
+        if not is_peft_model(self.model) or (output_dir is not None and Path(output_dir) != Path(root)):
+            return super().save_model(output_dir, _internal_call=_internal_call)
+        adapter = Path(root) / "adapter"
+        super().save_model(str(adapter), _internal_call=True)
+        if self.is_world_process_zero():
+            merge_lora(adapter, Path(root))
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+        return None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        if is_peft_model(self.model) and output_dir is not None:  # what `merge_lora` needs beside the adapter
+            backbone = self._backbone(self.model)
+            backbone.config.save_pretrained(output_dir)
+            backbone.generation_config.save_pretrained(output_dir)
+
+    def create_model_card(self, model_name: str | None = None, dataset_name: Any = None, tags: Any = None) -> None:
+        """Write the card, and `training.json`, from which its numbers are."""
+        if not self.is_world_process_zero():
+            return
+        output = Path(self.args.output_dir)
+        chosen: tuple[str, ...] = (
+            "learning_rate",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "seed",
+            "trainable",
+        )
+        if self.stage != "sft":
+            chosen += ("latent_size", "latent_bottleneck", "stop_supervision")
+        if self.stage == "stage1":
+            chosen += ("latent_loss_weight", "target_source")
+        metrics: dict[str, Any] = {}
+        for entry in self.state.log_history:
+            metrics |= {name: value for name, value in entry.items() if name in CARD_METRICS}
+        record = {
+            "stage": self.stage,
+            "base_model": self.base_model,
+            "datasets": self.dataset_names,
+            "steps": self.state.global_step,
+            "rows": self.state.global_step
+            * self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.accelerator.num_processes,
+            "num_processes": self.accelerator.num_processes,
+            "arguments": {name: getattr(self.args, name) for name in chosen},
+            "metrics": metrics,
+        }
+        (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+        card = render_model_card(model_name or output.name, record)
+        (output / "README.md").write_text(card, encoding="utf-8")
+
+    def finish(self) -> None:
+        """Save, write the card and, with `--push_to_hub`, push."""
+        self.save_model(self.args.output_dir, _internal_call=True)
+        self.create_model_card()
+        self.save_state()
+        if self.args.push_to_hub:
+            self.push_to_hub()
+            self.accelerator.print(f"Pushed to {self.hub_model_id}")
+        self.accelerator.print(f"Saved in {self.args.output_dir}")
+        self.end()
+
+
+def run(stage: str, description: str | None, argv: Sequence[str] | None = None) -> StormsTrainer:
+    """What each script does: parse, load model and data, train, save, push.
+
+    Args:
+        stage (`str`): `"sft"`, `"stage1"` or `"stage2"`.
+        description (`str`): of the script, for `--help`.
+        argv (`Sequence[str]`, *optional*): flags, those of the command line by default.
+    """
+    data, training, model_arguments = parse_arguments(stage, description, argv)
+    model, processor = load_model(model_arguments, training, data)
+    settings = target_settings(model, processor, training) if stage == "stage1" else None
+    train_dataset, eval_dataset = load_data(data, training, stage, settings)
+    collator = StormsCollator(
+        processor,
+        stage,
+        latent_size=training.latent_size,
+        visual_context=data.visual_context,
+        video_root=data.video_root,
+        max_length=training.max_length,
+        padding_side=training.padding_side,
+        target_source=training.target_source,
+        num_target_frames=training.num_target_frames,
+        cache={} if data.cache_rows else None,
+    )
+    # Targets stay those of the tower that training began with, also where the tower itself trains.
+    keeps_tower = stage == "stage1" and training.trainable == "all"
+    trainer = StormsTrainer(
+        model,
+        training,
+        collator,
+        train_dataset,
+        eval_dataset,
+        processing_class=processor,
+        peft_config=lora_config(model_arguments, model),
+        stage=stage,
+        target_tower=copy.deepcopy(model.model.visual).requires_grad_(False) if keeps_tower else None,
+        base_model=model_arguments.model_name_or_path,
+        dataset_names=[source.path for source in data.sources()],
+    )
+    trainer.train(training.resume_from_checkpoint)
+    trainer.finish()
+    return trainer
