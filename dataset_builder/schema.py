@@ -41,6 +41,8 @@ FEATURES = Features(
     }
 )
 NULLABLE = frozenset({"video", "video_start", "video_end"})
+# A column that `recipes.cache_targets` adds: Array2D((K, hidden_size), "float32"); the card says what made it.
+LATENT_TARGETS = "latent_targets"
 
 # What stages tell each other beside the contract's columns. Staged, never published.
 STAGING_FEATURES = Features(
@@ -174,16 +176,22 @@ def check_columns(columns: Mapping[str, Any], row_id: str) -> None:
 
 
 def check_row(row: Mapping[str, Any]) -> None:
-    """Check a whole row: every column of the contract, no other, and everything `check_columns` checks.
+    """Check a whole row: every column of the contract, no other but `latent_targets`, and all that `check_columns` does.
 
     Raises:
         SchemaError: see `check_columns`.
     """
     row_id = str(row.get("id", "?"))
-    if set(row) != set(FEATURES):
-        missing, extra = sorted(set(FEATURES) - set(row)), sorted(set(row) - set(FEATURES))
+    columns = {name: value for name, value in row.items() if name != LATENT_TARGETS}
+    if set(columns) != set(FEATURES):
+        missing, extra = sorted(set(FEATURES) - set(columns)), sorted(set(columns) - set(FEATURES))
         raise SchemaError(f"Row {row_id!r}: missing columns {missing}, unknown columns {extra}.")
-    check_columns(row, row_id)
+    check_columns(columns, row_id)
+    if LATENT_TARGETS in row and not _is_matrix(row[LATENT_TARGETS]):
+        raise SchemaError(
+            f"Row {row_id!r}, column {LATENT_TARGETS!r}: saw {repr(row[LATENT_TARGETS])[:200]}, expected finite numbers "
+            "of shape (K, hidden_size). Run `python -m recipes.cache_targets` again."
+        )
 
 
 def is_machine_path(path: str) -> bool:
@@ -192,6 +200,14 @@ def is_machine_path(path: str) -> bool:
     return (
         ".." in parts or parts[0] in ("", "~") or re.match(r"[A-Za-z]:|[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
     )
+
+
+def _is_matrix(value: Any) -> bool:
+    try:
+        array = np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError):  # null, text, rows of unequal length
+        return False
+    return array.ndim == 2 and array.size > 0 and bool(np.isfinite(array).all())
 
 
 def _is_media(value: Any, magic: bytes = b"", at: int = 0) -> bool:

@@ -89,31 +89,34 @@ def render_model_card(repo_id: str, training: Mapping[str, Any]) -> str:
         repo_id (`str`): its name on the Hub, or its folder's.
         training (`Mapping`): the run's `training.json`: what was trained, on what, and its last logged metrics.
     """
-    names = [name for name in training["datasets"] if not is_local(name)]
-    base = training["base_model"]
+    base = training["base_model"] and public_name(training["base_model"])
+    names = [public_name(name) for name in training["datasets"]]
     data = ModelCardData(
         base_model=base if base and not is_local(base) else None,
-        datasets=names or None,
+        datasets=sorted({name for name in names if not is_local(name)}) or None,
         library_name="transformers",
         pipeline_tag="video-text-to-text",
         tags=["storms", "latent-reasoning", "video", "custom_code", "trl", training["stage"]],
     )
-    shown = {**training, "datasets": [Path(name).name if is_local(name) else name for name in training["datasets"]]}
-    shown["base_model"] = Path(base).name if base and is_local(base) else base
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATES / "model_card.md.jinja"),
         title=repo_id.split("/")[-1],
         repo_id=repo_id,
-        training=shown,
+        training={**training, "base_model": base, "datasets": names},
         stages=STAGES,
     )
     return str(card)
 
 
 def is_local(name: str) -> bool:
-    """Whether a model's or dataset's name is a folder of this machine, which a card must not show."""
-    return Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
+    """Whether a model's or dataset's name is a folder of this machine rather than a name on the Hub."""
+    return Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def public_name(name: str) -> str:
+    """A model's or dataset's name without what only this machine knows: of a folder its last part, as `./name`."""
+    return f"./{Path(name.replace(chr(92), '/')).expanduser().resolve().name}" if is_local(name) else name
 
 
 def _size_category(num_rows: int) -> str:

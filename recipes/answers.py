@@ -19,6 +19,7 @@ def answer_rows(
     rows: Sequence[Mapping[str, Any]],
     batch_size: int = 8,
     max_new_tokens: int = 32,
+    replace_states: Sequence[torch.Tensor] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Generate an answer to each row with the checkpoint's own defaults, and score it.
@@ -29,7 +30,9 @@ def answer_rows(
         rows (`Sequence[Mapping]`): questions with answers.
         batch_size (`int`): rows at once.
         max_new_tokens (`int`): of text; a block's tokens are added to it.
-        options: of `generate`, for example `latent_mode` or `latent_intervention`.
+        replace_states (`Sequence[torch.Tensor]`, *optional*): for each row the states `(num_slots, hidden_size)` that
+            its slots hold instead of its own. Blocks are then forced, so that all rows think at once.
+        options: of `generate`, for example `latent_mode` or `latent_stop`.
 
     Returns:
         One `dict` a row: `name`, `text`, `choice` (the letter it was parsed to, or None), `is_parsed`, `is_correct`,
@@ -41,6 +44,9 @@ def answer_rows(
     for begin in range(0, len(rows), batch_size):
         batch = rows[begin : begin + batch_size]
         inputs: Any = {name: value.to(device) for name, value in collator.prompts(batch).items()}
+        if replace_states is not None:
+            states = torch.stack(list(replace_states[begin : begin + batch_size])).to(device)
+            options |= {"latent_mode": "force", "latent_intervention": _Replace(states)}
         out = model.generate(
             **inputs, max_new_tokens=max_new_tokens + slots + 2, return_dict_in_generate=True, **options
         )
@@ -62,3 +68,15 @@ def answer_rows(
                 }
             )
     return results
+
+
+class _Replace:
+    """An intervention that puts given states `(batch, num_slots, hidden_size)` into the slots of a whole batch."""
+
+    def __init__(self, states: torch.Tensor):
+        self.states = states
+
+    def __call__(self, states: torch.Tensor, slot_index: torch.Tensor) -> torch.Tensor:
+        assert len(states) == len(self.states), "a forced block is open in all rows or in none"
+        rows = torch.arange(len(states), device=states.device)
+        return self.states[rows, slot_index].to(states)

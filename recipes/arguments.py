@@ -28,6 +28,11 @@ def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
         raise ValueError(f"--{name}: saw {value!r}, expected one of {', '.join(map(repr, allowed))}.")
 
 
+def _at_least(name: str, value: Any, lowest: int) -> None:
+    if value is not None and value < lowest:
+        raise ValueError(f"--{name}: saw {value}, expected {lowest} or more.")
+
+
 @dataclass
 class DatasetSource:
     """One entry of `datasets` in a YAML: what to load, and how much of it to draw.
@@ -84,6 +89,9 @@ class DataArguments(ScriptArguments):
             )
         if self.video_root is not None:
             self.video_root = os.path.abspath(os.path.expanduser(self.video_root))
+        for name in ("num_frames", "max_frame_pixels", "max_train_rows", "max_eval_rows"):
+            _at_least(name, getattr(self, name), 1)
+        self.sources()
 
     def sources(self) -> list[DatasetSource]:
         """The datasets to train on.
@@ -100,10 +108,12 @@ class DataArguments(ScriptArguments):
                 raise ValueError(f"datasets: saw {entry!r}, expected `path` and some of {', '.join(sorted(known))}.")
         sources = [DatasetSource(**entry) for entry in entries]
         weights = [source.weight for source in sources]
-        if weights.count(None) not in (0, len(weights)) or any(
-            weight is not None and weight <= 0 for weight in weights
-        ):
+        are_positive = [isinstance(weight, (int, float)) and weight > 0 for weight in weights]
+        if weights.count(None) != len(weights) and not all(are_positive):
             raise ValueError(f"datasets: saw weights {weights}, expected a positive one for each entry, or for none.")
+        for source in sources:
+            if source.video_root is not None:
+                source.video_root = os.path.abspath(os.path.expanduser(source.video_root))
         return sources
 
 
@@ -127,7 +137,7 @@ class StormsTrainingArguments(SFTConfig):
     )
     latent_loss_weight: float = _option(0.1, "Stage I only: weight of the regression to the targets.")
     target_source: str = _option("thought_video", f"Stage I only: what the targets show: {', '.join(TARGET_SOURCES)}.")
-    num_target_frames: int = _option(16, "Stage I only: frames sampled from a thought video (or own video) as target.")
+    num_target_frames: int = _option(16, "Stage I only: frames sampled from a thought video as target.")
     latent_bottleneck: float = _option(
         0.0, "Probability, per row and step, that the video reaches the answer only through the slots."
     )
@@ -152,22 +162,26 @@ class StormsTrainingArguments(SFTConfig):
         _one_of("padding_side", self.padding_side, ("left", "right"))
         if not 0 <= self.latent_bottleneck <= 1:
             raise ValueError(f"--latent_bottleneck: saw {self.latent_bottleneck}, expected a probability, 0 to 1.")
-        if self.latent_size is not None and self.latent_size < 1:
-            raise ValueError(f"--latent_size: saw {self.latent_size}, expected 1 or more, or null.")
-        if self.num_target_frames < 1 or self.eval_answers < 0 or self.eval_max_new_tokens < 1:
-            raise ValueError(
-                "--num_target_frames and --eval_max_new_tokens must be 1 or more, --eval_answers 0 or more."
-            )
-        if self.packing or self.padding_free or self.label_smoothing_factor or self.loss_type != "nll":
-            raise ValueError(
-                "--packing, --padding_free, --label_smoothing_factor and --loss_type other than nll do not work with "
-                "latent blocks. Leave them at their defaults."
-            )
-        if self.use_liger_kernel or not self.average_tokens_across_devices:
-            raise ValueError(
-                "--use_liger_kernel true and --average_tokens_across_devices false would change the loss from one "
-                "number of ranks to another. Leave both at their defaults."
-            )
+        for name in ("latent_size", "num_target_frames", "eval_max_new_tokens", "max_length"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("eval_answers", self.eval_answers, 0)
+        if self.latent_loss_weight < 0:
+            raise ValueError(f"--latent_loss_weight: saw {self.latent_loss_weight}, expected 0 or more.")
+        fixed = {
+            **dict.fromkeys(
+                ("packing", "padding_free", "label_smoothing_factor"), (0, "it does not work with blocks")
+            ),
+            "loss_type": ("nll", "no other one works with blocks"),
+            "use_liger_kernel": (False, "the loss would be its own"),
+            "average_tokens_across_devices": (True, "else the loss would change with the number of ranks"),
+        }
+        for name, (value, reason) in fixed.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"--{name}: saw {getattr(self, name)!r}, expected its default: {reason}.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Every checkpoint holds its arguments, pickled, and is pushed with them: without the token.
+        return {**self.__dict__, "hub_token": None}
 
 
 def check_stage(arguments: StormsTrainingArguments, stage: str) -> None:
@@ -184,6 +198,8 @@ def check_stage(arguments: StormsTrainingArguments, stage: str) -> None:
             ignored += ["latent_input"]
         if stage == "sft" or arguments.latent_size is not None:  # else a block is as long as its targets
             ignored += ["target_source", "num_target_frames"]
+    elif arguments.target_source != "thought_video":  # an own video's frames are those of the context
+        ignored += ["num_target_frames"]
     if stage == "sft":
         ignored += ["latent_bottleneck", "stop_supervision"]
     defaults = StormsTrainingArguments.__dataclass_fields__

@@ -70,9 +70,11 @@ def lora_config(model_arguments: ModelConfig, model: StormsForConditionalGenerat
         raise ValueError('--use_peft needs peft: pip install "storms[lora]".') from error
     tokens = model.latent_tokens
     rows = [tokens.start, tokens.pad, tokens.end]
-    modules = ["embed_tokens"] if model.config.get_text_config().tie_word_embeddings else ["embed_tokens", "lm_head"]
+    is_tied = model.lm_head.weight is model.get_input_embeddings().weight
+    modules = ["embed_tokens"] if is_tied else ["embed_tokens", "lm_head"]
     return LoraConfig(
         task_type=model_arguments.lora_task_type,
+        revision=model_arguments.model_revision,  # of the base, for whoever merges
         r=model_arguments.lora_r,
         lora_alpha=model_arguments.lora_alpha,
         lora_dropout=model_arguments.lora_dropout,

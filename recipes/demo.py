@@ -1,13 +1,13 @@
-"""Build thought-video rows, then show a STORMS model at work on a video, from nothing but installed packages.
+"""Build thought-video rows, train a tiny model on them in both stages, and show it at work on a video.
 
     python -m recipes.demo                    # a bouncing ball, encoded on the spot
     python -m recipes.demo --video clip.mp4   # any video file
     python -m recipes.demo --model org/storms-7b --video clip.mp4 --question "What falls first?"
 
-It builds 64 rows of the simulated shell game and one row from the video, and loads them by `load_dataset`.
-Without --model it makes a tiny checkpoint with random weights: the answer means nothing, the machinery is the real
-one. The model is loaded in a separate process by `AutoModel.from_pretrained(..., trust_remote_code=True)`, in which
-this package can't be imported.
+It builds 64 rows of the simulated shell game and one row from the video, and loads them by `load_dataset`. Without
+--model it makes a tiny checkpoint with random weights and trains it by `recipes/stage1.py` and `recipes/stage2.py` for
+a few steps: its answer means little, the machinery is the real one. The model is loaded in a separate process by
+`AutoModel.from_pretrained(..., trust_remote_code=True)`, in which this package can't be imported.
 """
 
 import argparse
@@ -57,6 +57,32 @@ def build_rows(video: Path, question: str, output: Path) -> tuple[dict[str, Any]
     build([*command, "--num_rows", "1", "--output", str(given)])
     first, second = (load_dataset(str(folder), split="train")[0] for folder in (simulated, given))
     return first, second
+
+
+def train(output: Path, num_steps: int) -> Path:
+    """Both stages on the shell game, from random weights, with curves in `curves.png`.
+
+    Returns:
+        The trained checkpoint's folder.
+    """
+    from recipes import stage1, stage2
+    from recipes.curves import plot_curves
+    from recipes.init_checkpoint import InitArguments, init_checkpoint
+
+    folders = {name: output / name for name in ("storms-tiny", "stage1", "stage2")}
+    for folder in folders.values():  # they hold copies of the code, which may be older ones
+        shutil.rmtree(folder, ignore_errors=True)
+    init_checkpoint(InitArguments(output=str(folders["storms-tiny"]), tiny=True))
+    configs = Path(__file__).parent / "configs" / "tiny"
+    shared = ["--dataset_name", str(output / "shell_game"), "--max_steps", str(num_steps), "--logging_steps", "2"]
+    shared += ["--per_device_train_batch_size", "8", "--warmup_steps", "5", "--eval_strategy", "steps"]
+    shared += ["--eval_steps", str(num_steps), "--use_cpu", "true"]
+    for script, start in ((stage1, "storms-tiny"), (stage2, "stage1")):
+        name = script.__name__.split(".")[-1]
+        paths = ["--model_name_or_path", str(folders[start]), "--output_dir", str(folders[name])]
+        script.main(["--config", str(configs / f"{name}.yaml"), *paths, *shared])
+    plot_curves([folders["stage1"], folders["stage2"]], output / "curves.png")
+    return folders["stage2"]
 
 
 def answer(model_name: str, video: str, question: str, num_frames: int, max_new_tokens: int) -> dict[str, Any]:
@@ -180,7 +206,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--video", help="video file; a simulated clip by default")
     parser.add_argument("--question", default=QUESTION, help="what to ask (default: %(default)s)")
-    parser.add_argument("--model", help="checkpoint folder or Hub id; a tiny random one by default")
+    parser.add_argument("--model", help="checkpoint folder or Hub id; by default a tiny one trained on the spot")
+    parser.add_argument("--num_steps", type=int, default=40, help="steps of each stage (default: %(default)s)")
     parser.add_argument("--output", default="demo_output", help="folder for datasets, checkpoint and picture")
     parser.add_argument("--num_frames", type=int, default=16, help="frames to sample (default: %(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=24, help="length of block and answer together")
@@ -201,7 +228,6 @@ def main() -> None:
 
     from modeling_storms import decode_video
     from modeling_storms.video_storms import uniform_frame_indices
-    from recipes.init_checkpoint import InitArguments, init_checkpoint
 
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -215,10 +241,7 @@ def main() -> None:
     if model_name is not None and Path(model_name).is_dir():
         model_name = str(Path(model_name).resolve())  # the other process runs in another folder
     elif model_name is None:
-        folder = output / "storms-tiny"
-        shutil.rmtree(folder, ignore_errors=True)  # it holds a copy of the code, which may be an older one
-        init_checkpoint(InitArguments(output=str(folder), tiny=True))
-        model_name = str(folder.resolve())
+        model_name = str(train(output, arguments.num_steps).resolve())
     result = answer_in_another_process(arguments, model_name, video)
     plot({"A simulated row": simulated, "A row of the video": given}, result, frames, output / "demo.png")
     print(f"Model     {model_name}\n          loaded as {result['loaded_class']}, without this package")
@@ -226,7 +249,8 @@ def main() -> None:
     print(f"Block     {result['latent_length']} slots, stop reason: {result['latent_stop_reason']}")
     print(f"Answer    {result['answer']!r}")
     if arguments.model is None:
-        print("          (the weights are random: this answer means nothing, only the way to it is real)")
+        print(f"          (after {arguments.num_steps} steps a stage from random weights, it means little)")
+        print(f"Curves    {output / 'curves.png'}")
     print(f"Picture   {output / 'demo.png'}")
 
 

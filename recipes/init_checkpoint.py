@@ -9,6 +9,7 @@ The result loads by `AutoModel.from_pretrained(DIR, trust_remote_code=True)` on 
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,33 +58,48 @@ class InitArguments:
 
 
 def build_tiny_base(
-    seed: int = 0, num_hidden_layers: int = 3
+    seed: int = 0,
+    num_hidden_layers: int = 3,
+    hidden_size: int = 64,
+    initializer_range: float = 0.02,
+    rope_theta: float = 10000.0,
+    texts: Sequence[str] = (),
 ) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor]:
-    """A random Qwen2.5-VL of every real part but small (0.2M weights), with a BPE tokenizer trained on the spot."""
+    """A random Qwen2.5-VL of every real part but small (0.2M weights), with a BPE tokenizer trained on the spot.
+
+    One that is to learn needs weights about `hidden_size ** -0.5`, and a small `rope_theta`: with few dimensions a
+    head, 10000 makes neighbouring columns of a picture look alike. With `texts` like those it will read, the tokenizer
+    needs fewer tokens for them.
+    """
     set_seed(seed)
     subjects = ("the ball", "the cup on the left", "the red car", "a person", "the camera")
     motions = ("moves", "rolls", "turns", "stops", "falls", "swaps places", "bounces")
     places = ("to the right", "behind the box", "before the light changes", "after two seconds", "faster than before")
     sentences = [f"{subject} {motion} {place}." for subject in subjects for motion in motions for place in places]
     sentences += ["system user assistant You are a helpful assistant.", "Which happens first? Answer A, B, C or D."]
+    sentences += texts
     special = ["endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end"]
     special += ["quad_start", "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(sentences, vocab_size=400, show_progress=False)
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        sentences, vocab_size=600 if texts else 400, show_progress=False
+    )
     tokenizer.add_tokens([AddedToken(f"<|{name}|>", special=True) for name in special], special_tokens=True)
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in special}
 
+    sections = [share * hidden_size // 64 for share in (2, 3, 3)]  # of half a head, for time, height and width
     config = Qwen2_5_VLConfig(
         text_config={
             # Like the released models, the vocabulary is padded beyond the tokenizer's: room for the latent tokens.
             "vocab_size": -(-(len(tokenizer) + 8) // 64) * 64,
-            "hidden_size": 64,
-            "intermediate_size": 128,
+            "hidden_size": hidden_size,
+            "intermediate_size": 2 * hidden_size,
+            "initializer_range": initializer_range,
             "num_hidden_layers": num_hidden_layers,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 32768,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta, "mrope_section": sections},
             "bos_token_id": ids["endoftext"],
             "eos_token_id": ids["im_end"],
             "pad_token_id": ids["endoftext"],
@@ -93,7 +109,8 @@ def build_tiny_base(
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_heads": 2,
-            "out_hidden_size": 64,
+            "out_hidden_size": hidden_size,
+            "initializer_range": initializer_range,
             "fullatt_block_indexes": [1],
             "tokens_per_second": 2,
         },

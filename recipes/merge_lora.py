@@ -2,7 +2,7 @@
 
     python -m recipes.merge_lora --adapter storms-3b-stage2/checkpoint-500 --output storms-3b-merged
 
-A finished run has done this already: its output folder holds the merged model, and `adapter/` the adapter.
+A finished run has done this already: its output folder holds the merged model, and `_adapter/` the adapter.
 """
 
 import os
@@ -37,14 +37,16 @@ def merge_lora(adapter: Path, output: Path, base: str | None = None, dtype: str 
         raise ValueError('Merging needs peft: pip install "storms[lora]".') from error
     if not (adapter / "adapter_config.json").is_file():
         raise ValueError(f"{adapter} holds no adapter_config.json, expected a LoRA checkpoint's folder.")
-    base = base or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-    model = StormsForConditionalGeneration.from_pretrained(base, dtype=dtype)
+    trained_on = PeftConfig.from_pretrained(str(adapter))
+    revision = (trained_on.revision if base is None else None) or "main"
+    base = base or trained_on.base_model_name_or_path
+    model = StormsForConditionalGeneration.from_pretrained(base, revision=revision, dtype=dtype)
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     if (adapter / "config.json").is_file():  # K may be the run's own
         merged.config.latent_size = StormsConfig.from_pretrained(adapter).latent_size
         merged.generation_config = GenerationConfig.from_pretrained(adapter)
     is_whole = (adapter / "processor_config.json").is_file()
-    processor = StormsProcessor.from_pretrained(adapter if is_whole else base)
+    processor = StormsProcessor.from_pretrained(adapter if is_whole else base, revision=revision)
     output.mkdir(parents=True, exist_ok=True)
     staging = output / f".merged.{os.getpid()}"
     try:

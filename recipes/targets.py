@@ -1,9 +1,11 @@
 """Targets of Stage I: visual tokens of a thought video, pooled to one vector a slot."""
 
+import copy
 import hashlib
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast, broadcast_object_list
 from torch.nn.functional import adaptive_avg_pool1d
 
 from modeling_storms import StormsForConditionalGeneration
@@ -62,21 +64,43 @@ def target_settings(
     model: StormsForConditionalGeneration, processor: Any, arguments: StormsTrainingArguments
 ) -> dict[str, Any]:
     """Everything that decides a stored target: JSON values, the same on any machine."""
-    video_size = dict(processor.video_processor.size)
+    videos, source = processor.video_processor, arguments.target_source
+    size = dict(processor.image_processor.size if source == "keyframes" else videos.size)
+    sampling = {
+        "thought_video": {"num_target_frames": arguments.num_target_frames},
+        "keyframes": {},
+        "self_distilled": {"num_frames": videos.num_frames, "fps": videos.fps},
+    }
     return {
         "tower": str(model.config.vision_config.model_type),
         "tower_revision": tower_revision(model),
         "latent_size": arguments.latent_size,
-        "target_source": arguments.target_source,
-        "num_target_frames": arguments.num_target_frames,
-        "pixels": [int(video_size["shortest_edge"]), int(video_size["longest_edge"])],
+        "target_source": source,
+        **sampling[source],
+        "pixels": [int(size["shortest_edge"]), int(size["longest_edge"])],
     }
 
 
 def tower_revision(model: StormsForConditionalGeneration) -> str:
-    """A hash of the vision tower's weights, in bfloat16: the same however they were stored or loaded."""
+    """A hash of the vision tower's weights, in bfloat16: the same however they were stored or loaded.
+
+    All ranks must ask for it together: with FSDP's efficient loading only the first one has weights yet.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.model.visual.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    weights = model.model.visual.state_dict()
+    if not any(tensor.is_meta for tensor in weights.values()):
+        for name, tensor in sorted(weights.items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy().tobytes())
+    return broadcast_object_list([digest.hexdigest()[:16]], from_process=0)[0]
+
+
+def frozen_copy(tower: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """A copy of a vision tower that no training changes, with the first rank's weights on every rank: with FSDP's
+    efficient loading the others have none yet."""
+    tower = copy.deepcopy(tower).requires_grad_(False)
+    for module in tower.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            values = torch.empty_like(parameter, device=device) if parameter.is_meta else parameter.data.to(device)
+            setattr(module, name, torch.nn.Parameter(broadcast(values.contiguous()), requires_grad=False))
+    return tower.to(device)

@@ -1,7 +1,7 @@
 """`StormsTrainer`: TRL's SFT trainer with our forward instead of its fused head, and our losses, metrics and saves."""
 
-import copy
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, is_peft_model
+from datasets import IterableDataset
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, has_length
 from trl import SFTTrainer
 
-from model_card.render import render_model_card
+from model_card.render import public_name, render_model_card
 
 from .answers import answer_rows
 from .arguments import RESUME_FROM_LAST, StormsTrainingArguments, parse_arguments
@@ -21,7 +22,7 @@ from .checkpoints import last_checkpoint, load_model, lora_config, save_static_f
 from .collator import IGNORED, TARGET_MEDIA, StormsCollator
 from .data import load_data
 from .merge_lora import merge_lora
-from .targets import encode_targets, target_settings
+from .targets import encode_targets, frozen_copy, target_settings
 
 
 # Metrics that a checkpoint's card shows.
@@ -37,7 +38,6 @@ class StormsTrainer(SFTTrainer):
 
     Args:
         stage (`str`): `"sft"`, `"stage1"` or `"stage2"`.
-        target_tower (`torch.nn.Module`, *optional*): where targets come from if the model's own vision tower trains.
         base_model (`str`, *optional*), dataset_names (`Sequence[str]`): what the card names.
         kwargs: of `SFTTrainer`; `data_collator` is a `StormsCollator`.
     """
@@ -52,26 +52,30 @@ class StormsTrainer(SFTTrainer):
         self,
         *args: Any,
         stage: str,
-        target_tower: torch.nn.Module | None = None,
         base_model: str | None = None,
         dataset_names: Sequence[str] = (),
         **kwargs: Any,
     ):
         self.stage = stage
-        self.target_tower = target_tower
         self.base_model, self.dataset_names = base_model, list(dataset_names)
         self._num_slots_in_batch: torch.Tensor | None = None
         # By mode and name, (sum, count) on the device: read out when something is logged, not at every step.
         self._sums: dict[str, dict[str, Any]] = {"train": {}, "eval": {}}
+        # Time spent on training since something was logged: up to the last pause, and when it went on after that.
+        self._seconds = 0.0
         self._since: float | None = None
+        self._num_repeated = 0  # rows at the end of an evaluation batch that other batches hold too
         super().__init__(*args, **kwargs)
-        if self.target_tower is not None:
-            self.target_tower.to(self.args.device)
+        # Targets stay those of the tower that training began with, also where the tower itself trains.
+        self.target_tower: torch.nn.Module | None = None
+        tower = self._backbone(self.model).model.visual
+        if stage == "stage1" and any(parameter.requires_grad for parameter in tower.parameters()):
+            self.target_tower = frozen_copy(tower, self.args.device)
 
     # ------------------------------------------------------------------ loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        self._since = self._since or time.perf_counter()
+        self._since = time.perf_counter() if self._since is None else self._since
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         # Slots are counted over the same micro-batches and ranks as labels.
         num_slots = torch.zeros((), dtype=torch.long, device=device)
@@ -86,22 +90,23 @@ class StormsTrainer(SFTTrainer):
         inputs = dict(inputs)
         seeds = inputs.pop("row_seeds")
         is_slot = inputs["input_ids"] == self.data_collator.pad_id
-        before_label = torch.nn.functional.pad(inputs["labels"][:, 1:] != IGNORED, (0, 1))
-        kept = before_label  # logits elsewhere would cost much memory and serve nothing
+        # Logits elsewhere would cost much memory and serve nothing.
+        kept = torch.nn.functional.pad(inputs["labels"][:, 1:] != IGNORED, (0, 1))
+        # Before anything that ranks do together: encoding targets is one such thing.
+        num_passes = self._agree_on_passes(model, inputs) if self.accelerator.num_processes > 1 else None
         if self.stage != "sft":
-            inputs |= self._latent_inputs(model, inputs, seeds, is_slot)
+            inputs |= self._latent_inputs(model, inputs, seeds, is_slot) | {"num_passes": num_passes}
             if self.args.stop_supervision != "none":
                 kept = kept | torch.nn.functional.pad(is_slot[:, 1:], (0, 1))
         for name in TARGET_MEDIA:
             inputs.pop(name, None)
-        num_slots = None
         if num_items_in_batch is not None:
-            num_slots = self._num_slots_in_batch
-            if self.stage != "sft":
-                inputs["num_slots_in_batch"] = num_slots.clamp(min=1)
             inputs["num_items_in_batch"] = num_items_in_batch
+            if self.stage != "sft":
+                assert self._num_slots_in_batch is not None
+                inputs["num_slots_in_batch"] = self._num_slots_in_batch.clamp(min=1)
         outputs = model(**inputs, logits_to_keep=kept, use_cache=False)
-        self._count(inputs, outputs, is_slot, before_label[kept], num_items_in_batch, num_slots)
+        self._count(inputs, outputs, is_slot, kept, num_items_in_batch)
         loss = outputs.loss
         if num_items_in_batch is not None:
             # Sums over this rank, divided by counts over all: data parallelism averages gradients over the ranks.
@@ -110,14 +115,12 @@ class StormsTrainer(SFTTrainer):
 
     def _latent_inputs(self, model, inputs, seeds, is_slot) -> dict[str, Any]:
         """What `forward` is told about the batch's blocks."""
-        latent_input = "rollout" if self.stage == "stage2" else self.args.latent_input or "teacher_forced"
-        added: dict[str, Any] = {"latent_input": latent_input, "stop_supervision": self.args.stop_supervision}
-        unwrapped = self._backbone(model)
+        added: dict[str, Any] = {"latent_input": self._latent_input, "stop_supervision": self.args.stop_supervision}
         if self.stage == "stage1":
             if "latent_targets" not in inputs:
                 with self.compute_loss_context_manager():
                     added["latent_targets"] = encode_targets(
-                        unwrapped,
+                        self._whole(model),
                         inputs["target_pixel_values"],
                         inputs["target_grid_thw"],
                         inputs["target_media_per_row"],
@@ -126,21 +129,22 @@ class StormsTrainer(SFTTrainer):
                     )
             added["latent_loss_weight"] = self.args.latent_loss_weight
         if self.args.latent_bottleneck > 0:
-            # A draw that depends on the row and the step alone: the same in any batch, on any rank, after a resume.
-            step_seed = self.args.seed * 1_000_003 + self.state.global_step
-            draws = (seeds * 2_654_435_761 + step_seed * 40_503) % 2_147_483_647
-            draws = (draws * 48_271) % 2_147_483_647
-            rows = draws < self.args.latent_bottleneck * 2_147_483_647
-            added["latent_bottleneck"] = rows & is_slot.any(1)
-        if self.accelerator.num_processes > 1:
-            added["num_passes"] = self._agree_on_passes(unwrapped, inputs, latent_input)
+            draws = _draw(seeds, self.args.seed, self.state.global_step)
+            added["latent_bottleneck"] = (draws < round(self.args.latent_bottleneck * 2**32)) & is_slot.any(1)
         return added
 
-    def _agree_on_passes(self, model, inputs, latent_input: str) -> int:
+    @property
+    def _latent_input(self) -> str | None:
+        """What fills the slots in this stage."""
+        if self.stage == "stage1":
+            return self.args.latent_input or "teacher_forced"
+        return "rollout" if self.stage == "stage2" else None
+
+    def _agree_on_passes(self, model, inputs) -> int:
         """The most passes that any rank needs; refuses batches in which ranks would wait for each other for ever."""
-        passes = 1
-        if latent_input == "rollout":
-            passes = model.num_rollout_passes(inputs["input_ids"], inputs["attention_mask"])
+        passes, unwrapped = 1, self._whole(model)
+        if self._latent_input == "rollout":
+            passes = unwrapped.num_rollout_passes(inputs["input_ids"], inputs["attention_mask"])
         has_media = ["pixel_values" in inputs, "pixel_values_videos" in inputs, "target_pixel_values" in inputs]
         counts = torch.tensor([passes, *has_media], device=inputs["input_ids"].device)
         counts = self.accelerator.gather(counts[None])
@@ -156,38 +160,54 @@ class StormsTrainer(SFTTrainer):
         is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         return is_deepspeed or self.is_fsdp_enabled or any(isinstance(one, FSDPModule) for one in model.modules())
 
+    def _whole(self, model: Any) -> Any:
+        """The model without data parallelism around it, of which more than `forward` may be called."""
+        model = self.accelerator.unwrap_model(model)
+        if isinstance(model, FSDPModule):
+            sharded: Any = model
+            # 1. Methods beside `forward` would find weights sharded. Each registration wraps once more.
+            for name in ("get_target_features", "generate"):
+                if name not in vars(sharded):
+                    register_fsdp_forward_method(sharded, name)
+            # 2. A rollout embeds the text after its block once more, which ranks with shorter blocks reach earlier:
+            #    gathered in between, the table would meet another rank's layer.
+            embedding = sharded.get_input_embeddings()
+            if isinstance(embedding, FSDPModule):
+                embedding.set_reshard_after_forward(False)
+        return model
+
     def _backbone(self, model: Any) -> Any:
         """The STORMS model inside whatever wraps it."""
         model = self.accelerator.unwrap_model(model)
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        if isinstance(model, FSDPModule):  # its own method would find the weights sharded
-            sharded: Any = model
-            register_fsdp_forward_method(sharded, "get_target_features")
-        return model
+        return model.get_base_model() if is_peft_model(model) else model
 
     # ------------------------------------------------------------------ what is logged
 
     @torch.no_grad()
-    def _count(self, inputs, outputs, is_slot, is_labelled, num_items, num_slots) -> None:
+    def _count(self, inputs, outputs, is_slot, kept, num_items) -> None:
         """Add up numerators and denominators of this micro-batch's metrics, without reading them."""
-        labels = inputs["labels"][:, 1:][inputs["labels"][:, 1:] != IGNORED]
-        own_items, own_slots = labels.numel(), is_slot.sum()
+        shifted = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+        labels = shifted[shifted != IGNORED]
+        is_counted = torch.arange(len(is_slot), device=is_slot.device) < len(is_slot) - self._num_repeated
+        own_items, own_slots = labels.numel(), (is_slot & is_counted[:, None]).sum()
         sums: dict[str, tuple[Any, Any]] = {}
         divisor = own_items if num_items is None else num_items
-        sums["loss/lm"] = (outputs.lm_loss * divisor, own_items)
-        slot_divisor = own_slots if num_slots is None else num_slots.clamp(min=1)
-        for name, value in (("loss/latent", outputs.latent_loss), ("loss/stop", outputs.stop_loss)):
-            if value is not None:
-                sums[name] = (value * slot_divisor, own_slots)
-        predicted = outputs.logits[0][is_labelled].argmax(-1)
+        if own_items > 0:
+            sums["loss/lm"] = (outputs.lm_loss * divisor, own_items)
+        predicted = outputs.logits[0][(shifted != IGNORED)[kept]].argmax(-1)
         sums["mean_token_accuracy"] = ((predicted == labels).sum(), own_items)
+        if outputs.stop_loss is not None:
+            before_slot = torch.nn.functional.pad((is_slot & is_counted[:, None])[:, 1:], (0, 1))
+            logits = outputs.logits[0][before_slot[kept]]
+            sums["loss/stop"] = (self._backbone(self.model)._stop_loss(logits, self.args.stop_supervision), own_slots)
         if outputs.latent_states is not None:
-            states = outputs.latent_states[outputs.latent_mask].float()
+            mask = outputs.latent_mask & is_counted[:, None]
+            states = outputs.latent_states[mask].float()
             sums["latent_norm"] = (states.norm(dim=-1).sum(), own_slots)
             if (targets := inputs.get("latent_targets")) is not None:
-                cosine = torch.cosine_similarity(states, targets.to(states)[outputs.latent_mask], dim=-1)
-                sums["latent_cosine"] = (cosine.sum(), own_slots)
+                targets = targets[mask].to(states)
+                sums["loss/latent"] = ((states - targets).pow(2).mean(-1).sum(), own_slots)
+                sums["latent_cosine"] = (torch.cosine_similarity(states, targets, dim=-1).sum(), own_slots)
         mode = "train" if self.model.training else "eval"
         if mode == "train":
             sums["num_tokens"] = (inputs["attention_mask"].sum(), 0)
@@ -208,54 +228,81 @@ class StormsTrainer(SFTTrainer):
         if self.accelerator.num_processes > 1:
             table = self.accelerator.reduce(table, "sum")
         self._sums[mode] = {}
+        if not table.any():
+            return {}
         values = dict(zip(names, table.tolist()))
         metrics = {name: values[name][0] / values[name][1] for name in known if values[name][1] > 0}
-        if mode == "train" and self._since is not None:
-            seconds = time.perf_counter() - self._since
+        if mode == "train":
+            self._stop_clock()
             self._total_train_tokens += int(values["num_tokens"][0])
             metrics["num_tokens"] = self._total_train_tokens
-            metrics["tokens_per_second"] = values["num_tokens"][0] / seconds
-            metrics["items_per_second"] = values["num_rows"][0] / seconds
-            self._since = time.perf_counter()
+            metrics["tokens_per_second"] = values["num_tokens"][0] / self._seconds
+            metrics["items_per_second"] = values["num_rows"][0] / self._seconds
+            self._seconds, self._since = 0.0, time.perf_counter()
         if torch.cuda.is_available():
             metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         else:
             import resource
 
-            metrics["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+            unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+            metrics["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
         return metrics
 
+    def _stop_clock(self) -> None:
+        """Of the time spent on training; the next batch starts it again."""
+        if self._since is not None:
+            self._seconds += time.perf_counter() - self._since
+        self._since = None
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        prefix = "eval_" if mode == "eval" else ""
-        logs |= {f"{prefix}{name}": value for name, value in self._read_metrics(mode).items()}
+        if self.model.training:  # those of evaluation are in its results
+            logs |= self._read_metrics("train")
         super().log(logs, start_time)
 
     # ------------------------------------------------------------------ evaluation
 
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        # The last round of batches over all ranks is filled up with rows that were there before.
+        loader, num_rows = self.accelerator.gradient_state, len(inputs["input_ids"])
+        if self.accelerator.num_processes > 1 and loader.end_of_dataloader and loader.remainder > 0:
+            num_new = loader.remainder - self.accelerator.process_index * num_rows
+            self._num_repeated = num_rows - min(max(num_new, 0), num_rows)
+            inputs["labels"][num_rows - self._num_repeated :] = IGNORED
+        try:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        finally:
+            self._num_repeated = 0
+
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._stop_clock()
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        measured = self._read_metrics("eval")
+        # The loop's own is a mean over batches, whatever their number of tokens, with repeated rows.
+        weights = {"loss/lm": 1.0, "loss/latent": self.args.latent_loss_weight, "loss/stop": 1.0}
+        measured["loss"] = sum(weight * measured.get(name, 0.0) for name, weight in weights.items())
         if self.args.eval_answers > 0:
-            measured = self._answer(dataloader.dataset)
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
-        self._since = None  # throughput is that of training
+            measured |= self._answer(dataloader.dataset)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
         return EvalLoopOutput(*output)
 
     def _answer(self, dataset) -> dict[str, float]:
         """Accuracy of real answers, in the mode that a user of the checkpoint gets, each rank on its share."""
+        rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
+        is_shared = has_length(dataset)  # else a stream, of which each rank has its own part
+        most = self.args.eval_answers if is_shared else -(-self.args.eval_answers // num_ranks)
         rows: list[dict[str, Any]] = []
         for row in dataset:
-            if len(rows) == self.args.eval_answers:
+            if len(rows) == most:
                 break
             if not row.get("messages"):
                 rows.append(row)
-        if not rows:
+        mine = rows[rank::num_ranks] if is_shared else rows
+        lengths = self.accelerator.gather(torch.tensor([len(rows), len(mine)], device=self.args.device)).view(-1, 2)
+        if not lengths[:, 0].all():
             return {}
-        rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
-        mine = rows[rank::num_ranks]
         # Ranks that share weights must all generate as often.
-        padded = mine + rows[: -(-len(rows) // num_ranks) - len(mine)]
-        model = self.accelerator.unwrap_model(self.model)
+        padded = mine + rows[:1] * (int(lengths[:, 1].max()) - len(mine))
+        model = self._whole(self.model)
         model.eval()
         answers = answer_rows(
             model,
@@ -263,6 +310,7 @@ class StormsTrainer(SFTTrainer):
             padded,
             batch_size=self.args.per_device_eval_batch_size,
             max_new_tokens=self.args.eval_max_new_tokens,
+            synced_gpus=num_ranks > 1 and self._is_sharded(model),
         )[: len(mine)]
         slots = getattr(self.model.config, "latent_size", 0)
         counts = [
@@ -292,11 +340,12 @@ class StormsTrainer(SFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers'; but a finished LoRA run leaves the merged model in the output folder, and the adapter in
-        `adapter/`: with both in one folder, `AutoModel` would look for the adapter's base instead."""
+        `_adapter/`: with both in one folder, `AutoModel` would look for the adapter's base instead. (What begins
+        with `_` is not pushed.)"""
         root = self.args.output_dir
         if not is_peft_model(self.model) or (output_dir is not None and Path(output_dir) != Path(root)):
             return super().save_model(output_dir, _internal_call=_internal_call)
-        adapter = Path(root) / "adapter"
+        adapter = Path(root) / "_adapter"
         super().save_model(str(adapter), _internal_call=True)
         if self.is_world_process_zero():
             merge_lora(adapter, Path(root))
@@ -307,7 +356,9 @@ class StormsTrainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
-        if is_peft_model(self.model) and output_dir is not None:  # what `merge_lora` needs beside the adapter
+        if (
+            is_peft_model(self.model) and output_dir is not None and self.args.should_save
+        ):  # what `merge_lora` needs beside the adapter
             backbone = self._backbone(self.model)
             backbone.config.save_pretrained(output_dir)
             backbone.generation_config.save_pretrained(output_dir)
@@ -333,8 +384,8 @@ class StormsTrainer(SFTTrainer):
             metrics |= {name: value for name, value in entry.items() if name in CARD_METRICS}
         record = {
             "stage": self.stage,
-            "base_model": self.base_model,
-            "datasets": self.dataset_names,
+            "base_model": self.base_model and public_name(self.base_model),
+            "datasets": [public_name(name) for name in self.dataset_names],
             "steps": self.state.global_step,
             "rows": self.state.global_step
             * self.args.train_batch_size
@@ -345,7 +396,7 @@ class StormsTrainer(SFTTrainer):
             "metrics": metrics,
         }
         (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-        card = render_model_card(model_name or output.name, record)
+        card = render_model_card(self.hub_model_id or output.resolve().name, record)
         (output / "README.md").write_text(card, encoding="utf-8")
 
     def finish(self) -> None:
@@ -360,6 +411,19 @@ class StormsTrainer(SFTTrainer):
         self.end()
 
 
+def _draw(row_seeds: torch.Tensor, seed: int, step: int) -> torch.Tensor:
+    """A number from 0 to 2**32 - 1 for each row, which depends on the row, the seed and the step alone: the same in
+    any batch, on any rank, after a resume. Mixed well, or rows would be drawn together, and in runs of steps."""
+    return _mix(row_seeds ^ _mix(step ^ _mix(seed)))
+
+
+def _mix(value: Any) -> Any:
+    """A permutation of 32-bit numbers that looks random (two rounds of xor-shift and multiply)."""
+    for _ in range(2):
+        value = (value ^ (value >> 16)) * 0x45D9F3B & 0xFFFFFFFF
+    return value ^ (value >> 16)
+
+
 def run(stage: str, description: str | None, argv: Sequence[str] | None = None) -> StormsTrainer:
     """What each script does: parse, load model and data, train, save, push.
 
@@ -372,6 +436,9 @@ def run(stage: str, description: str | None, argv: Sequence[str] | None = None) 
     model, processor = load_model(model_arguments, training, data)
     settings = target_settings(model, processor, training) if stage == "stage1" else None
     train_dataset, eval_dataset = load_data(data, training, stage, settings)
+    if isinstance(train_dataset, IterableDataset):
+        # The Trainer does not know where a stream ends: resumed after that, it would go on with other rows.
+        train_dataset = train_dataset.repeat(None)
     collator = StormsCollator(
         processor,
         stage,
@@ -384,8 +451,6 @@ def run(stage: str, description: str | None, argv: Sequence[str] | None = None) 
         num_target_frames=training.num_target_frames,
         cache={} if data.cache_rows else None,
     )
-    # Targets stay those of the tower that training began with, also where the tower itself trains.
-    keeps_tower = stage == "stage1" and training.trainable == "all"
     trainer = StormsTrainer(
         model,
         training,
@@ -395,7 +460,6 @@ def run(stage: str, description: str | None, argv: Sequence[str] | None = None) 
         processing_class=processor,
         peft_config=lora_config(model_arguments, model),
         stage=stage,
-        target_tower=copy.deepcopy(model.model.visual).requires_grad_(False) if keeps_tower else None,
         base_model=model_arguments.model_name_or_path,
         dataset_names=[source.path for source in data.sources()],
     )

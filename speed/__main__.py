@@ -3,6 +3,7 @@
     python -m speed                      # all workloads
     python -m speed off_mode             # generate: the plain class against latent_mode="off", narrow models
     python -m speed decode --videos *.mp4    # frames a second: decord by itself against decode_video
+    python -m speed train_step           # a training step of SFT, Stage I and II, and K+1 passes
     python -m speed off_mode --device cuda --rounds 50 --output speed/results
 
 Every figure is a ratio of two ways measured in turns in one run: absolute times of shared processors are noise.
@@ -29,7 +30,12 @@ from rich.table import Table
 
 from dataset_builder.thought_video import encode_video
 from modeling_storms.video_storms import decode_video, uniform_frame_indices
+from recipes.collator import IGNORED, TARGET_MEDIA, StormsCollator
 from recipes.init_checkpoint import build_tiny_base, convert
+from recipes.targets import encode_targets
+
+
+WORKLOADS = ("off_mode", "train_step", "decode")
 
 
 def measure_off_mode(device: str, num_layers: int, rounds: int, new_tokens: int) -> dict[str, Any]:
@@ -65,6 +71,85 @@ def measure_off_mode(device: str, num_layers: int, rounds: int, new_tokens: int)
         "new_tokens": new_tokens,
         **summarize(seconds, "off", "plain"),
     }
+
+
+def measure_train_step(device: str, rounds: int, latent_size: int = 8) -> list[dict[str, Any]]:
+    """Seconds of one training step (loss, backward pass, AdamW) of each stage against SFT, on the same rows.
+
+    `naive` is Stage II as it is done without a cache: the whole sequence once more for every slot.
+    """
+    base, processor = build_tiny_base(num_hidden_layers=4, hidden_size=256)
+    model, processor = convert(base, processor, latent_size=latent_size)
+    model.model.visual.requires_grad_(False)
+    model = model.to(device).train()
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=0.0)
+    ways: dict[str, Callable[[], Any]] = {}
+    batches = {stage: _training_batch(processor, stage, latent_size) for stage in ("sft", "stage1", "stage2")}
+    batches = {stage: {name: one.to(device) for name, one in batch.items()} for stage, batch in batches.items()}
+    media = [batches["stage1"].pop(name) for name in TARGET_MEDIA]
+    stored = encode_targets(model, *media, latent_size)
+
+    def step(loss: torch.Tensor) -> float:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    def train(stage: str, **inputs: Any) -> float:
+        batch = batches[stage]
+        kept = torch.nn.functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
+        return step(model(**batch, **inputs, logits_to_keep=kept, use_cache=False).loss)
+
+    def naive() -> float:
+        batch = {name: one for name, one in batches["stage2"].items() if name != "labels"}
+        states = torch.zeros_like(stored)
+        for slot in range(latent_size):
+            found = model(**batch, latent_input="teacher_forced", latent_targets=states, logits_to_keep=1)
+            states = torch.cat([states[:, :slot], found.latent_states[:, slot : slot + 1], states[:, slot + 1 :]], 1)
+        batch["labels"] = batches["stage2"]["labels"]
+        kept = torch.nn.functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
+        found = model(**batch, latent_input="teacher_forced", latent_targets=states, logits_to_keep=kept)
+        return step(found.lm_loss)
+
+    teacher_forced: dict[str, Any] = {"latent_input": "teacher_forced"}
+    ways["sft"] = lambda: train("sft")
+    ways["stage1, cached"] = lambda: train("stage1", latent_targets=stored, **teacher_forced)
+    ways["stage1, on the fly"] = lambda: train(
+        "stage1", latent_targets=encode_targets(model, *media, latent_size), **teacher_forced
+    )
+    ways["stage2"] = lambda: train("stage2", latent_input="rollout")
+    ways[f"naive, {latent_size + 1} passes"] = naive
+    if abs(ways["stage2"]() - naive()) > 1e-4:
+        raise RuntimeError("Stage II and the naive way have different losses, so their times can't be compared.")
+    for way in ways.values():
+        way()
+    length = batches["sft"]["input_ids"].shape[1]
+    seconds = measure_in_turns(ways, rounds, "a training step of each stage", device != "cpu")
+    return [
+        {
+            "workload": "training step, each stage against SFT",
+            "model": name,
+            "batch": f"hidden 256, 4 layers, 4 rows of {length} tokens, K = {latent_size}",
+            **summarize({"sft": seconds["sft"], "stage": seconds[name]}, "stage", "sft"),
+        }
+        for name in ways
+        if name != "sft"
+    ]
+
+
+def _training_batch(processor: Any, stage: str, latent_size: int) -> dict[str, torch.Tensor]:
+    """Four rows of one simulated clip each, about 600 tokens."""
+    processor.video_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 196 * 280}
+    collator = StormsCollator(processor, stage, latent_size=latent_size)
+    rows = []
+    for seed in range(4):
+        frames = np.random.default_rng(seed).integers(0, 255, (16, 196, 280, 3), dtype=np.uint8)
+        clip = {"bytes": encode_video(frames, 12), "path": None}
+        question = {"id": str(seed), "question": "Which cup hides the ball?", "options": ["left", "right"]}
+        rows.append({**question, "answer": "A", "video": clip, "thought_video": clip})
+    batch = collator(rows)
+    del batch["row_seeds"]
+    return batch
 
 
 def measure_decode(video: Path, num_frames: int | None, rounds: int) -> dict[str, Any]:
@@ -162,8 +247,10 @@ def write(name: str, results: list[dict[str, Any]], device: str, output: Path) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workloads", nargs="*", metavar="workload", help="off_mode, decode (default: both)")
-    parser.add_argument("--device", default="cpu", help="torch device of off_mode (default: %(default)s)")
+    parser.add_argument("workloads", nargs="*", metavar="workload", help=f"{', '.join(WORKLOADS)} (default: all)")
+    parser.add_argument(
+        "--device", default="cpu", help="torch device of off_mode and train_step (default: %(default)s)"
+    )
     parser.add_argument(
         "--num_layers",
         type=int,
@@ -176,15 +263,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40, help="paired measurements (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("speed/results"), help="folder for JSON (%(default)s)")
     arguments = parser.parse_args()
-    workloads = arguments.workloads or ["off_mode", "decode"]
-    if unknown := set(workloads) - {"off_mode", "decode"}:
-        parser.error(f"unknown workload {sorted(unknown)}: expected off_mode or decode")
+    workloads = arguments.workloads or WORKLOADS
+    if unknown := set(workloads) - set(WORKLOADS):
+        parser.error(f"unknown workload {sorted(unknown)}: expected some of {', '.join(WORKLOADS)}")
     if "off_mode" in workloads:
         results = [
             measure_off_mode(arguments.device, num_layers, arguments.rounds, arguments.new_tokens)
             for num_layers in arguments.num_layers
         ]
         write("off_mode", results, arguments.device, arguments.output)
+    if "train_step" in workloads:
+        results = measure_train_step(arguments.device, arguments.rounds)
+        write("train_step", results, arguments.device, arguments.output)
     if "decode" in workloads:
         with tempfile.TemporaryDirectory() as folder:
             videos = arguments.videos or list(clips(Path(folder)))

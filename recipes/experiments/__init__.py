@@ -1,0 +1,1 @@
+"""Controlled experiments: one command, one YAML, results as JSON."""
