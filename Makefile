@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 # Two busy OpenMP threads on few cores can be far slower than one: tests and tiny models run on one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint bench
+.PHONY: demo gate test test-all lint bench
 
 demo: $(VENV)/ready ## make demo [VIDEO=path] [MODEL=folder or Hub id] [QUESTION="..."]
 	$(BIN)/python -m recipes.demo $(if $(VIDEO),--video "$(VIDEO)") $(if $(MODEL),--model "$(MODEL)") $(if $(QUESTION),--question "$(QUESTION)")
+
+gate: $(VENV)/ready ## train a tiny model that learns, and put its latents on trial (minutes on one core)
+	$(BIN)/python -m recipes.experiments.gate $(ARGS)
 
 test: $(VENV)/ready ## everything but tests marked slow or gpu
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)

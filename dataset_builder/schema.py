@@ -176,7 +176,7 @@ def check_columns(columns: Mapping[str, Any], row_id: str) -> None:
 
 
 def check_row(row: Mapping[str, Any]) -> None:
-    """Check a whole row: every column of the contract, no other but `latent_targets`, and all that `check_columns` does.
+    """Check a whole row: every column of the contract, no other but `latent_targets`, and what `check_columns` checks.
 
     Raises:
         SchemaError: see `check_columns`.
@@ -189,8 +189,8 @@ def check_row(row: Mapping[str, Any]) -> None:
     check_columns(columns, row_id)
     if LATENT_TARGETS in row and not _is_matrix(row[LATENT_TARGETS]):
         raise SchemaError(
-            f"Row {row_id!r}, column {LATENT_TARGETS!r}: saw {repr(row[LATENT_TARGETS])[:200]}, expected finite numbers "
-            "of shape (K, hidden_size). Run `python -m recipes.cache_targets` again."
+            f"Row {row_id!r}, column {LATENT_TARGETS!r}: saw {repr(row[LATENT_TARGETS])[:200]}, expected finite "
+            "numbers of shape (K, hidden_size). Run `python -m recipes.cache_targets` again."
         )
 
 

@@ -201,7 +201,7 @@ def check_stage(arguments: StormsTrainingArguments, stage: str) -> None:
     elif arguments.target_source != "thought_video":  # an own video's frames are those of the context
         ignored += ["num_target_frames"]
     if stage == "sft":
-        ignored += ["latent_bottleneck", "stop_supervision"]
+        ignored += ["latent_size", "latent_bottleneck", "stop_supervision"]
     defaults = StormsTrainingArguments.__dataclass_fields__
     wrong = [name for name in ignored if getattr(arguments, name) != defaults[name].default]
     if wrong:

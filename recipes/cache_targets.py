@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Array2D, Dataset, Features, Video, concatenate_datasets, get_dataset_split_names, load_dataset
+from datasets import Array2D, Dataset, Features, Video, concatenate_datasets, get_dataset_split_names
 from huggingface_hub import DatasetCard
 from transformers import HfArgumentParser
 from trl import ModelConfig
@@ -28,7 +28,7 @@ from modeling_storms import StormsForConditionalGeneration
 from recipes.arguments import TARGET_SOURCES, DataArguments, StormsTrainingArguments
 from recipes.checkpoints import load_model
 from recipes.collator import RowError, StormsCollator, row_name
-from recipes.data import TARGETS_KEY, VIDEO_COLUMNS, load_card
+from recipes.data import TARGETS_KEY, VIDEO_COLUMNS, load_card, load_split
 from recipes.targets import encode_targets, target_settings
 
 
@@ -139,7 +139,7 @@ def cache_targets(arguments: CacheArguments) -> dict[str, int]:
 
 def _load(arguments: CacheArguments, split: str) -> Dataset:
     """A split, all of whose rows have what targets come from."""
-    dataset = load_dataset(arguments.dataset_name, split=split, revision=arguments.dataset_revision)
+    dataset: Any = load_split(arguments.dataset_name, split, revision=arguments.dataset_revision)
     needed = [name for name in NEEDED[arguments.target_source] if name in dataset.column_names]
     if not needed:
         raise ValueError(

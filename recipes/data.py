@@ -68,9 +68,8 @@ def load_data(
         raise ValueError(f"The datasets of the mixture have columns of different types: {error}") from error
     if data.max_train_rows is not None:
         train = train.take(data.max_train_rows)
-    if isinstance(train, IterableDataset):
-        if next(iter(train), None) is None:
-            raise ValueError("The datasets have no rows. Check their splits.")
+    if next(iter(train), None) is None:
+        raise ValueError("The datasets have no rows. Check their splits.")
     if training.eval_strategy == "no":
         return train, None
     source = replace(data.sources()[0], split=data.dataset_test_split)
@@ -172,8 +171,6 @@ class _AddColumn:
 
 def _check_rows(dataset: Dataset, needed: list[str], path: str, video_root: str | None) -> None:
     """Look at every row's texts, and whether its media are there, without reading any."""
-    if len(dataset) == 0:
-        raise ValueError(f"{path} has no rows. Check its splits.")
     named = [*TEXT_COLUMNS, "video_path"]
     texts = dataset.select_columns([name for name in dataset.column_names if name in named])
     is_missing = {name: _is_missing(dataset, name) for name in needed}

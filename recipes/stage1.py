@@ -2,8 +2,8 @@
 the row's thought video (STORMS, Sec. 3.3).
 
     accelerate launch recipes/stage1.py --config recipes/configs/tiny/stage1.yaml
-    accelerate launch --config_file recipes/accelerate_configs/fsdp2.yaml recipes/stage1.py \
-        --config recipes/configs/qwen2_5_vl_7b/stage1.yaml --dataset_name org/storms-thought-videos \
+    accelerate launch --config_file recipes/accelerate_configs/fsdp2.yaml recipes/stage1.py \\
+        --config recipes/configs/qwen2_5_vl_7b/stage1.yaml --dataset_name org/storms-thought-videos \\
         --model_name_or_path storms-7b-init --output_dir storms-7b-stage1
 
 Targets are encoded on the fly, or read from the dataset if `recipes.cache_targets` has put them there. Any flag

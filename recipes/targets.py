@@ -1,11 +1,9 @@
 """Targets of Stage I: visual tokens of a thought video, pooled to one vector a slot."""
 
-import copy
 import hashlib
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list
 from torch.nn.functional import adaptive_avg_pool1d
 
 from modeling_storms import StormsForConditionalGeneration
@@ -82,25 +80,9 @@ def target_settings(
 
 
 def tower_revision(model: StormsForConditionalGeneration) -> str:
-    """A hash of the vision tower's weights, in bfloat16: the same however they were stored or loaded.
-
-    All ranks must ask for it together: with FSDP's efficient loading only the first one has weights yet.
-    """
+    """A hash of the vision tower's weights, in bfloat16: the same however they were stored or loaded."""
     digest = hashlib.sha256()
-    weights = model.model.visual.state_dict()
-    if not any(tensor.is_meta for tensor in weights.values()):
-        for name, tensor in sorted(weights.items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy().tobytes())
-    return broadcast_object_list([digest.hexdigest()[:16]], from_process=0)[0]
-
-
-def frozen_copy(tower: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """A copy of a vision tower that no training changes, with the first rank's weights on every rank: with FSDP's
-    efficient loading the others have none yet."""
-    tower = copy.deepcopy(tower).requires_grad_(False)
-    for module in tower.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            values = torch.empty_like(parameter, device=device) if parameter.is_meta else parameter.data.to(device)
-            setattr(module, name, torch.nn.Parameter(broadcast(values.contiguous()), requires_grad=False))
-    return tower.to(device)
+    for name, tensor in sorted(model.model.visual.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

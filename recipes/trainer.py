@@ -1,5 +1,6 @@
 """`StormsTrainer`: TRL's SFT trainer with our forward instead of its fused head, and our losses, metrics and saves."""
 
+import copy
 import json
 import sys
 import time
@@ -22,7 +23,7 @@ from .checkpoints import last_checkpoint, load_model, lora_config, save_static_f
 from .collator import IGNORED, TARGET_MEDIA, StormsCollator
 from .data import load_data
 from .merge_lora import merge_lora
-from .targets import encode_targets, frozen_copy, target_settings
+from .targets import encode_targets, target_settings
 
 
 # Metrics that a checkpoint's card shows.
@@ -70,7 +71,7 @@ class StormsTrainer(SFTTrainer):
         self.target_tower: torch.nn.Module | None = None
         tower = self._backbone(self.model).model.visual
         if stage == "stage1" and any(parameter.requires_grad for parameter in tower.parameters()):
-            self.target_tower = frozen_copy(tower, self.args.device)
+            self.target_tower = copy.deepcopy(tower).requires_grad_(False).to(self.args.device)
 
     # ------------------------------------------------------------------ loss
 
@@ -356,9 +357,8 @@ class StormsTrainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
-        if (
-            is_peft_model(self.model) and output_dir is not None and self.args.should_save
-        ):  # what `merge_lora` needs beside the adapter
+        if is_peft_model(self.model) and output_dir is not None and self.args.should_save:
+            # What `merge_lora` needs beside the adapter.
             backbone = self._backbone(self.model)
             backbone.config.save_pretrained(output_dir)
             backbone.generation_config.save_pretrained(output_dir)
@@ -433,6 +433,8 @@ def run(stage: str, description: str | None, argv: Sequence[str] | None = None) 
         argv (`Sequence[str]`, *optional*): flags, those of the command line by default.
     """
     data, training, model_arguments = parse_arguments(stage, description, argv)
+    if stage == "sft":
+        training.latent_size = None  # without blocks, the checkpoint keeps the K it has
     model, processor = load_model(model_arguments, training, data)
     settings = target_settings(model, processor, training) if stage == "stage1" else None
     train_dataset, eval_dataset = load_data(data, training, stage, settings)

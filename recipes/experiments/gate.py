@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_dataset
 from transformers import HfArgumentParser
 
 from dataset_builder.__main__ import main as build
@@ -27,6 +26,7 @@ from modeling_storms import StormsForConditionalGeneration, StormsProcessor
 from recipes import sft, stage1, stage2
 from recipes.answers import answer_rows
 from recipes.collator import StormsCollator
+from recipes.data import load_split
 from recipes.experiments.perception import SEEN, START, STILL, TOLD, PerceptionArguments, write_perception
 from recipes.init_checkpoint import build_tiny_base, convert
 
@@ -80,9 +80,10 @@ def train(arguments: GateArguments) -> Path:
         build(
             ["build", *world, "--validation_fraction", "0.2", "--test_fraction", "0", "--output", f"{root}/shell_game"]
         )
+    choose = ["--dataset_name", f"{root}/perception", "--dataset_train_split", "choose", "--max_steps", "1400"]
     runs = (
         (sft, "sft", "base", "see", ["--dataset_name", f"{root}/perception", "--dataset_train_split", "see"]),
-        (sft, "sft", "see", "choose", ["--dataset_name", f"{root}/perception", "--dataset_train_split", "choose"]),
+        (sft, "sft", "see", "choose", choose),
         (stage1, "stage1", "choose", "stage1", ["--dataset_name", f"{root}/shell_game"]),
         (stage2, "stage2", "stage1", "stage2", ["--dataset_name", f"{root}/shell_game"]),
     )
@@ -106,7 +107,7 @@ def measure(checkpoint: Path, dataset: Path, num_answers: int) -> dict[str, Any]
     collator = StormsCollator(processor, latent_size=model.config.latent_size)
     results: dict[str, Any] = {}
     for split in ("train", "validation"):
-        rows = list(load_dataset(str(dataset), split=split).take(num_answers))
+        rows: Any = list(load_split(str(dataset), split).take(num_answers))
         answers = answer_rows(model, collator, rows, batch_size=50)
         stopped = answer_rows(model, collator, rows, batch_size=50, latent_stop="token")
         full = model.config.latent_size

@@ -420,6 +420,153 @@ class TestBottleneck:
                 assert logits[row, places - 1].argmax(-1).tolist() == batch["input_ids"][row, places].tolist()
 
 
+class TestPasses:
+    """Ranks that share weights must all call each layer as often, forward and backward."""
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_number_of_passes_is_known_beforehand(self, episode, side):
+        model, inputs, out = episode
+        batch = training_batch(model, inputs, out, side)
+        calls = []
+        model.model.language_model.register_forward_hook(lambda *args: calls.append(1))
+        rows = list(single_batches(model, batch))
+        for one in (batch, *rows):
+            calls.clear()
+            model(**one, latent_input="rollout")
+            assert len(calls) == model.num_rollout_passes(one["input_ids"], one["attention_mask"])
+        # Without a mask nothing is padding.
+        alone = rows[1]["input_ids"], rows[1]["attention_mask"]
+        assert model.num_rollout_passes(alone[0]) == model.num_rollout_passes(*alone) > 1
+        assert model.num_rollout_passes(inputs["input_ids"], inputs["attention_mask"]) == 1, "no blocks"
+
+    @pytest.mark.parametrize("idle", [0, 1, 5])
+    @pytest.mark.parametrize("kind", ["plain", "checkpointed", "bottleneck", "without blocks"])
+    def test_idle_passes_change_nothing(self, trained_kind, idle, kind):
+        model, inputs, out = trained_kind
+        if kind == "without blocks":
+            batch = {**inputs, "labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
+            options = {}
+        else:
+            batch = training_batch(model, inputs, out)
+            options = {"stop_supervision": "pad", "latent_targets": torch.randn(3, 4, 64)}
+        if kind == "bottleneck":
+            options["latent_bottleneck"] = torch.tensor([True, True, False])
+        checkpointed(model, kind == "checkpointed")
+        layers = model.model.language_model.layers
+        forward, backward = [], []
+        layers[-1].mlp.gate_proj.register_forward_hook(lambda *args: forward.append(1))
+        layers[0].self_attn.o_proj.register_full_backward_hook(lambda *args: backward.append(1))
+        own = model.num_rollout_passes(batch["input_ids"], batch["attention_mask"])
+        results = []
+        for num_passes in (None, own + idle):
+            model.zero_grad()
+            forward.clear()
+            backward.clear()
+            output = model(**batch, **options, latent_input="rollout", num_passes=num_passes)
+            assert len(forward) == (num_passes or own)
+            output.loss.backward()
+            assert len(backward) == (num_passes or own), "each pass is run backward, or ranks would part there"
+            results.append((output, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        (output, gradients), (idled, idled_gradients) = results
+        kept = batch["attention_mask"].bool()
+        torch.testing.assert_close(idled.loss, output.loss)
+        torch.testing.assert_close(idled.logits[kept], output.logits[kept])
+        if output.latent_states is not None:
+            torch.testing.assert_close(idled.latent_states, output.latent_states)
+        assert gradients.keys() == idled_gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(idled_gradients[name], gradient, atol=1e-6, rtol=1e-4)
+
+    def test_fewer_passes_than_needed_are_no_limit(self, trained_kind):
+        model, inputs, out = trained_kind
+        batch = training_batch(model, inputs, out)
+        expected = model(**batch, latent_input="rollout").logits
+        assert torch.equal(model(**batch, latent_input="rollout", num_passes=1).logits, expected)
+
+
+class TestChosenLogits:
+    """A mask as `logits_to_keep`: only the positions that a loss needs."""
+
+    @staticmethod
+    def inputs_of(kind, model, batch):
+        ids, tokens = batch["input_ids"], model.latent_tokens
+        batch = {**batch, "labels": batch["labels"].masked_fill(ids == tokens.pad, -100)}
+        if kind is None:  # text in place of the blocks
+            return {**batch, "input_ids": ids.masked_fill(tokens.isin(ids), 5)}
+        targets = torch.ones(len(ids), int((ids == tokens.pad).sum(1).max()), 64)
+        return {**batch, "latent_input": kind, "stop_supervision": "pad", "latent_targets": targets}
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    @pytest.mark.parametrize("kind", [None, "teacher_forced", "rollout"])
+    def test_they_are_the_same_logits_and_losses(self, episode, kind, side):
+        model, inputs, out = episode
+        inputs = self.inputs_of(kind, model, training_batch(model, inputs, out, side))
+        full = model(**inputs)
+        is_slot = inputs["input_ids"] == model.latent_tokens.pad
+        needed = torch.nn.functional.pad(((inputs["labels"] != -100) | is_slot)[:, 1:], (0, 1))
+        more = needed | (torch.arange(needed.shape[1]) % 3 == 0)
+        for kept in (needed, more, torch.ones_like(needed)):
+            some = model(**inputs, logits_to_keep=kept)
+            assert some.logits.shape == (1, int(kept.sum()), full.logits.shape[-1])
+            torch.testing.assert_close(some.logits[0], full.logits[kept], atol=1e-5, rtol=1e-5)
+            for name in ("loss", "lm_loss", "latent_loss", "stop_loss", "latent_states"):
+                if name in full:
+                    torch.testing.assert_close(some[name], full[name])
+        halved = model(**inputs, logits_to_keep=needed, num_items_in_batch=1000, num_slots_in_batch=1000)
+        counted = int((inputs["labels"] != -100)[:, 1:].sum())
+        torch.testing.assert_close(halved.lm_loss, full.lm_loss * counted / 1000)
+
+    @pytest.mark.parametrize("kind", [None, "teacher_forced", "rollout"])
+    def test_a_mask_that_leaves_out_what_a_loss_needs_is_refused(self, episode, kind):
+        model, inputs, out = episode
+        inputs = self.inputs_of(kind, model, training_batch(model, inputs, out))
+        is_slot = inputs["input_ids"] == model.latent_tokens.pad
+        for name, needed in (("labels", inputs["labels"] != -100), ("stop_supervision", is_slot)):
+            if not needed.any():
+                continue
+            row, position = needed[:, 1:].nonzero()[7].tolist()  # the logits at `position` predict the next
+            kept = torch.ones_like(needed)
+            kept[row, position] = False
+            with pytest.raises(ValueError, match=rf"leaves out position {position} of row {row}, whose logits {name}"):
+                model(**inputs, logits_to_keep=kept)
+
+
+class TestTargetFeatures:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_they_are_the_plain_towers_one_video_after_another(self, model, reference, prompts, dtype):
+        inputs = prompts("video", "video", num_frames=4)
+        longer = prompts("video", num_frames=8)
+        pixels = torch.cat([inputs["pixel_values_videos"], longer["pixel_values_videos"]])
+        grids = torch.cat([inputs["video_grid_thw"], longer["video_grid_thw"]])
+        features = model.to(dtype).get_target_features(pixels, grids)
+        reference = copy.deepcopy(reference).to(dtype)
+        assert [len(one) for one in features] == (grids.prod(-1) // 4).tolist()
+        begin = 0
+        for one, grid in zip(features, grids):
+            span = slice(begin, begin := begin + int(grid.prod()))
+            (alone,) = reference.model.get_video_features(pixels[span].to(dtype), grid[None]).pooler_output
+            torch.testing.assert_close(one, alone)
+            assert not one.requires_grad
+
+    def test_images_have_theirs(self, model, reference, prompts):
+        inputs = prompts("image", "image")
+        features = model.get_target_features(inputs["pixel_values"], inputs["image_grid_thw"])
+        expected = reference.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+        assert len(features) == 2
+        torch.testing.assert_close(torch.cat(features), torch.cat(list(expected)))
+
+    def test_another_tower_may_give_them(self, model, prompts):
+        inputs = prompts("video")
+        other = copy.deepcopy(model.model.visual)
+        for parameter in model.model.visual.parameters():
+            parameter.data.mul_(2)
+        media = inputs["pixel_values_videos"], inputs["video_grid_thw"]
+        (by_other,), (by_own,) = model.get_target_features(*media, tower=other), model.get_target_features(*media)
+        assert (by_other - by_own).abs().max() > 0.1
+        model.model.visual = other
+        torch.testing.assert_close(by_other, model.get_target_features(*media)[0])
+
+
 class TestOutput:
     def test_it_is_a_model_output_like_any_other(self, trained_kind):
         model, inputs, out = trained_kind

@@ -32,17 +32,13 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Where `datasets` puts what it converts: not into the home folder, and nothing from an earlier run."""
+@pytest.fixture(scope="module", autouse=True)
+def _datasets(tmp_path_factory):
+    """`datasets` converts into a folder of its own, and does not wait 5 s after each stream: no process ends there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
         yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _isolated(cache):
-    """Every test uses that folder."""
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +178,13 @@ def test_plain_video_questions_are_refused_in_stage_1_with_a_row_named(plain):
     assert len(dataset) == 2
 
 
+def test_a_thought_video_is_bytes_and_no_path(tmp_path):
+    row = {"question": "Where?", "answer": "right", "video_path": "0.mp4", "thought_video": "thought.mp4"}
+    write_jsonl(tmp_path / "train.jsonl", [row])
+    with pytest.raises(RowError, match=r"Row '0\.mp4' .* has no thought video, as 1 of 1 rows"):
+        load("stage1", tmp_path, video_root=str(tmp_path))
+
+
 def test_columns_of_other_types_become_the_contracts(tmp_path, processor):
     """A column `video` of file names, numbers for ids and answers: as people's files have them."""
     (tmp_path / "disc.mp4").write_bytes(encode_video(moving_disc(8, 56, 84), 8))
@@ -208,6 +211,16 @@ def test_conversations_load_with_their_images(processor, talks, stage):
         for index, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"])):
             assert processor.tokenizer.decode(labels[labels != -100]) == f"Disc {index} is.<|im_end|>"
             assert "<|latent" not in processor.tokenizer.decode(ids)
+
+
+def test_a_column_with_one_image_a_row_is_read_too(processor, talks, tmp_path):
+    dataset = load_dataset(str(talks), split="train").filter(lambda row: row["images"])
+    single = dataset.map(lambda row: {"image": row["images"][0]}, remove_columns="images", load_from_cache_file=False)
+    single.to_parquet(tmp_path / "train.parquet")
+    collator = StormsCollator(processor, "sft")
+    rows, expected = list(load("sft", tmp_path)[0]), list(load("sft", talks)[0])
+    for name in ("input_ids", "labels", "pixel_values", "image_grid_thw"):
+        assert torch.equal(collator(rows)[name], collator(expected[1::2])[name]), name
 
 
 def test_conversations_are_refused_in_stage_1(talks):
@@ -262,7 +275,7 @@ def test_held_out_rows_of_a_mixture_are_those_of_its_first_source(plain, tmp_pat
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_the_first_so_many_rows(shell_games, streaming):
-    options = {"eval_strategy": "epoch", "dataset_streaming": streaming}
+    options = {"eval_strategy": "epoch", "dataset_streaming": streaming, "dataset_test_split": "train"}
     train, held_out = (list(part) for part in load("sft", shell_games, **options))
     few, one = (list(part) for part in load("sft", shell_games, max_train_rows=2, max_eval_rows=1, **options))
     assert [row["id"] for row in few] == [row["id"] for row in train[:2]]
@@ -453,11 +466,11 @@ def test_held_out_rows_are_looked_through_as_well(shell_games, tmp_path):
         load("sft", folder, eval_strategy="epoch")
 
 
-def test_an_empty_split_is_an_error(tmp_path):
+def test_a_stream_without_rows_is_an_error(tmp_path):
     features = Features({"question": Value("string"), "answer": Value("string"), "video_path": Value("string")})
     Dataset.from_dict({name: [] for name in features}, features=features).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match="has no rows"):
-        load("sft", tmp_path)
+    with pytest.raises(ValueError, match="have no rows"):
+        load("sft", tmp_path, dataset_streaming=True)
 
 
 # ------------------------------------------------------------------ stored targets

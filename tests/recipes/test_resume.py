@@ -44,8 +44,9 @@ def flags(tiny_checkpoint, tmp_path_factory):
     return [
         *("--model_name_or_path", str(tiny_checkpoint), "--dataset_name", str(folder), "--num_frames", "4"),
         *("--max_steps", "8", "--save_steps", "2", "--logging_steps", "1", "--learning_rate", "1e-3"),
-        *("--latent_bottleneck", "0.5", "--cache_rows", "true", "--dataloader_num_workers", "0", "--report_to", "none"),
-        *("--use_cpu", "true", "--bf16", "false", "--disable_tqdm", "true", "--resume_from_checkpoint", "last"),
+        *("--latent_bottleneck", "0.5", "--dataloader_num_workers", "0", "--cache_rows", "true"),
+        *("--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--disable_tqdm", "true"),
+        *("--resume_from_checkpoint", "last"),
     ]
 
 

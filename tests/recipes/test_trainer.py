@@ -19,22 +19,20 @@ from recipes.trainer import _draw
 from ..modeling_storms.conftest import same_weights
 from ..modeling_storms.reference import recompute, single_rows
 from ..modeling_storms.test_generate import STATE_TOLERANCE
-from .tiny_runs import GradientRecorder, make_rows, make_trainer, train, whole, worst_difference
+from .tiny_runs import GradientRecorder, make_rows, make_trainer, train, worst_difference
 
 
-# Sums of the same float32 products in another order. Losses near 6 were seen to differ by 1e-6, gradients, relative to
-# their norm, by 2e-6 (one batch or four) and 5e-6 (cache-free recomputation); a wrong denominator, a row that is
-# counted twice or a slot without gradient change them by percents.
+# Sums of the same float32 products in another order. Losses of 6 to 13 were seen to differ by 2e-6 at most, gradients,
+# relative to their norm, by 1.8e-6 (one batch or four, one process or two) and 1.6e-6 (cache-free recomputation); a
+# wrong denominator, a row that is counted twice or a slot without gradient change them by percents.
 LOSS_TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 5e-5
+GRADIENT_TOLERANCE = 2e-5
 
 STAGES = {
     "sft": ("sft", {}),
-    "stage1": ("stage1", {}),
-    "stage1-unpooled": ("stage1", {"latent_size": None}),
+    "stage1": ("stage1", {"latent_size": None}),
     "stage1-rollout": ("stage1", {"latent_size": None, "latent_input": "rollout"}),
     "stage2": ("stage2", {}),
-    "stage2-unpooled": ("stage2", {"latent_size": None}),
     "stage2-bottleneck": ("stage2", {"latent_size": None, "latent_bottleneck": 0.5, "stop_supervision": "pad"}),
 }
 
@@ -151,8 +149,10 @@ def gradients_of(model):
 
 
 class TestStageOne:
-    @pytest.mark.parametrize("latent_input", ["teacher_forced", "rollout"])
-    @pytest.mark.parametrize("latent_size", [3, 20, None])
+    @pytest.mark.parametrize(
+        ("latent_input", "latent_size"),
+        [("teacher_forced", 3), ("teacher_forced", 20), ("teacher_forced", None), ("rollout", 3), ("rollout", None)],
+    )
     def test_loss_is_the_formula_on_a_separate_encoding_of_the_thought_video(
         self, build, rows, reference, latent_input, latent_size
     ):
@@ -164,7 +164,7 @@ class TestStageOne:
         assert [len(one) for one in targets] == [latent_size or n for n in (4, 12, 8, 4)]
         found = by_hand(plain, tokens, batch, targets, rollout=latent_input == "rollout")
         expected = found.lm + 0.1 * found.latent
-        assert found.latent > 0.1
+        assert found.latent.item() > 0.1
 
         # As `train` calls it.
         loss = as_train_calls_it(trainer, batch)
@@ -172,14 +172,14 @@ class TestStageOne:
         # As a real step logs it.
         trainer.train()
         logged = trainer.state.log_history[0]
-        assert logged["loss"] == pytest.approx(float(expected), abs=LOSS_TOLERANCE)
-        assert logged["loss/lm"] == pytest.approx(float(found.lm), abs=LOSS_TOLERANCE)
-        assert logged["loss/latent"] == pytest.approx(float(found.latent), abs=LOSS_TOLERANCE)
+        assert logged["loss"] == pytest.approx(expected.item(), abs=LOSS_TOLERANCE)
+        assert logged["loss/lm"] == pytest.approx(found.lm.item(), abs=LOSS_TOLERANCE)
+        assert logged["loss/latent"] == pytest.approx(found.latent.item(), abs=LOSS_TOLERANCE)
         # And its gradient: that of the formula, with the targets as constants.
         plain.model.visual.requires_grad_(False)
         expected.backward()
         assert not any(name.startswith("model.visual") for name in recorder.gradients)
-        assert worst_difference(recorder.gradients, gradients_of(plain)) < GRADIENT_TOLERANCE  # seen: 5e-6
+        assert worst_difference(recorder.gradients, gradients_of(plain)) < GRADIENT_TOLERANCE
 
     def test_latent_loss_alone_reaches_every_layer_of_the_language_model(self, build, rows):
         trainer = build("stage1")
@@ -200,7 +200,7 @@ class TestStageOne:
         trainer.train()
         # It has a gradient: that of the rows' own videos, and of nothing else.
         assert recorder.gradients["model.visual.merger.mlp.2.weight"].norm() > 1e-3
-        assert worst_difference(recorder.gradients, gradients_of(plain)) < GRADIENT_TOLERANCE  # seen: 5e-6
+        assert worst_difference(recorder.gradients, gradients_of(plain)) < GRADIENT_TOLERANCE
 
     def test_targets_stay_those_of_the_tower_that_training_began_with(self, build, rows, reference):
         snapshots = Snapshots()
@@ -212,8 +212,8 @@ class TestStageOne:
         batch, tokens = trainer.data_collator(rows), trainer.model.latent_tokens
         logged = [entry["loss/latent"] for entry in trainer.state.log_history if "loss/latent" in entry][-1]
         fixed, moved = (thought_targets(one, trainer.processing_class, rows, 3) for one in (first, last))
-        assert logged == pytest.approx(float(by_hand(last, tokens, batch, fixed).latent), abs=LOSS_TOLERANCE)
-        wrong = float(by_hand(last, tokens, batch, moved).latent)
+        assert logged == pytest.approx(by_hand(last, tokens, batch, fixed).latent.item(), abs=LOSS_TOLERANCE)
+        wrong = by_hand(last, tokens, batch, moved).latent.item()
         assert abs(wrong - logged) > 100 * LOSS_TOLERANCE, "the tower has not moved: this test could not fail"
 
     def test_weight_of_the_latent_loss_is_an_option(self, build, rows):
@@ -270,22 +270,22 @@ class TestStageTwo:
         }[supervision]
         trainer.train()
         logged = trainer.state.log_history[0]
-        assert logged["loss"] == pytest.approx(float(found.lm + stop), abs=LOSS_TOLERANCE)
-        assert logged.get("loss/stop", 0.0) == pytest.approx(float(stop), abs=LOSS_TOLERANCE)
+        assert logged["loss"] == pytest.approx((found.lm + stop).item(), abs=LOSS_TOLERANCE)
+        assert logged.get("loss/stop", 0.0) == pytest.approx(stop.item(), abs=LOSS_TOLERANCE)
         assert "loss/latent" not in logged
         assert logged["latent_norm"] == pytest.approx(
-            float(torch.cat(found.states).norm(dim=-1).mean()), rel=LOSS_TOLERANCE
+            torch.cat(found.states).norm(dim=-1).mean().item(), rel=LOSS_TOLERANCE
         )
         plain.model.visual.requires_grad_(False)
         (found.lm + stop).backward()
-        assert worst_difference(recorder.gradients, gradients_of(plain)) < GRADIENT_TOLERANCE  # seen: 5e-6
+        assert worst_difference(recorder.gradients, gradients_of(plain)) < GRADIENT_TOLERANCE
 
     def test_gradient_through_every_slot_agrees_with_finite_differences(self, build, rows):
         """Parameters that act through the latents only: a push to the vector fed to each slot, and, under a full
         bottleneck, the embedding of `<|latent_start|>` and the vision tower, which nothing but the slots see.
 
         RMSNorm, RoPE and the loss compute in float32, which leaves noise near 1e-6 in a loss of 6. Steps that change
-        the loss by 4e-4 keep that below 1% (seen: SEEN).
+        the loss by 4e-4 keep that below 1% (seen: 0.11%).
         """
         trainer = build("stage2", latent_size=4, latent_bottleneck=1.0, trainable="all")
         model = trainer.model.double()
@@ -331,8 +331,7 @@ class TestStageTwo:
                     parameter[where] += step * direction
                     values.append(float(loss()))
                     parameter[where] -= step * direction
-            print(name, slope, (values[0] - values[1]) / 4e-4)
-            assert (values[0] - values[1]) / 4e-4 == pytest.approx(1.0, rel=0.02), name
+            assert (values[0] - values[1]) / 4e-4 == pytest.approx(1.0, rel=0.01), name
 
     def test_bottleneck_needs_an_attention_with_masks_of_its_own(self, build, rows):
         trainer = build("stage2", latent_bottleneck=1.0)
@@ -411,10 +410,11 @@ class TestInvariance:
         for mine, theirs in zip(one["logs"], other["logs"]):
             for name in set(mine) & set(theirs) - {"tokens_per_second", "items_per_second", "peak_memory_gb"}:
                 assert mine[name] == pytest.approx(theirs[name], rel=LOSS_TOLERANCE, abs=LOSS_TOLERANCE), name
-        assert worst_difference(one["gradients"], other["gradients"]) < GRADIENT_TOLERANCE  # seen: 2e-6
+        assert worst_difference(one["gradients"], other["gradients"]) < GRADIENT_TOLERANCE
 
-    @pytest.mark.parametrize("name", STAGES)
-    @pytest.mark.parametrize("batch_size", [1, 2])
+    @pytest.mark.parametrize(
+        ("name", "batch_size"), [*((name, 1) for name in STAGES), ("stage1", 2), ("stage2-bottleneck", 2)]
+    )
     def test_accumulated_batches_equal_one(self, build, outcome, name, batch_size):
         stage, options = STAGES[name]
         cut = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 4 // batch_size}
@@ -433,13 +433,20 @@ class TestInvariance:
         layer.register_forward_hook(lambda module, args, output: calls.append(torch.is_grad_enabled()))
         result = train(trainer)
         self.assert_same(result, outcome(name))
-        passes = 2 if name in ("sft", "stage1", "stage1-unpooled") else 2 * (2 + (options.get("latent_size", 3) or 12))
-        assert len(calls) == 2 * passes, "each pass of the two steps runs a second time in its backward"
+        passes = 1 if name in ("sft", "stage1") else 2 + (options.get("latent_size", 3) or 12)
+        assert len(calls) == 2 * 2 * passes, "each pass of the two steps runs a second time in its backward"
+
+    @pytest.mark.parametrize("name", ["stage1", "stage2-bottleneck"])
+    def test_bf16_stays_near(self, build, outcome, name):
+        """bfloat16 keeps 8 bits, 0.4%: losses were seen to differ by 0.3%, gradients by 2%."""
+        stage, options = STAGES[name]
+        half = train(build(stage, max_steps=2, bf16=True, gradient_checkpointing=True, **options))
+        for mine, theirs in zip(half["logs"], outcome(name)["logs"]):
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=0.01)
+        assert 1e-4 < worst_difference(half["gradients"], outcome(name)["gradients"]) < 0.1
 
     def test_reentrant_checkpointing_is_refused_in_a_rollout(self, build):
-        trainer = build(
-            "stage2", gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
-        )
+        trainer = build("stage2", gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
         with pytest.raises(ValueError, match="reentrant"):
             trainer.train()
 
@@ -452,7 +459,7 @@ class TestSft:
         inputs = {name: value for name, value in batch.items() if name != "row_seeds"}
         with torch.no_grad():
             expected = float(reference(**inputs).loss)
-        assert float(as_train_calls_it(trainer, dict(batch))) == pytest.approx(expected, abs=LOSS_TOLERANCE)
+        assert as_train_calls_it(trainer, dict(batch)).item() == pytest.approx(expected, abs=LOSS_TOLERANCE)
         trainer.train()
         assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=LOSS_TOLERANCE)
 
@@ -485,8 +492,8 @@ class TestMetrics:
         tokens = int(batch["attention_mask"].sum())
         expected = {
             "loss": float(found.lm + 0.1 * found.latent),
-            "loss/lm": float(found.lm),
-            "loss/latent": float(found.latent),
+            "loss/lm": found.lm.item(),
+            "loss/latent": found.latent.item(),
             "latent_norm": float(states.norm(dim=-1).mean()),
             "latent_cosine": float(cosine.mean()),
             "mean_token_accuracy": found.correct / found.labels,
@@ -605,9 +612,9 @@ class TestTrainedModel:
         plain = same_weights(reference, trainer.model)
         with torch.no_grad():
             found = by_hand(plain, trainer.model.latent_tokens, trainer.data_collator(judged), rollout=True)
-        assert measured["eval_loss/lm"] == pytest.approx(float(found.lm), rel=1e-4)
+        assert measured["eval_loss/lm"] == pytest.approx(found.lm.item(), rel=1e-4)
         # A mean over tokens, of batches of 3 and 1 rows alike.
-        assert measured["eval_loss"] == pytest.approx(float(found.lm), rel=1e-4)
+        assert measured["eval_loss"] == pytest.approx(found.lm.item(), rel=1e-4)
         assert measured["eval_mean_token_accuracy"] == pytest.approx(found.correct / found.labels)
         assert trainer.state.log_history[-1]["eval_loss/lm"] == measured["eval_loss/lm"]
 

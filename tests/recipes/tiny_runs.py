@@ -1,4 +1,4 @@
-"""Rows, trainers of a tiny model, and what a short run of one computes; used in this process and by ranks of others."""
+"""Rows, trainers of a tiny model, and what a short run of one computes; in this process and in ranks of others."""
 
 from pathlib import Path
 from typing import Any

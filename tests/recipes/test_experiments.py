@@ -1,0 +1,113 @@
+"""The gate: its questions are right, its measurements mean what they say, and what it found is shown."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load_dataset
+
+from dataset_builder.schema import LETTERS
+from dataset_builder.sources.simulated import list_rows, scene_of
+from modeling_storms import StormsForConditionalGeneration, StormsProcessor
+from modeling_storms.video_storms import decode_video
+from recipes.answers import answer_rows
+from recipes.collator import StormsCollator
+from recipes.experiments import gate
+from recipes.experiments.perception import SEEN, START, PerceptionArguments, write_perception
+
+from .tiny_runs import make_rows
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def perception(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("perception") / "data"
+    write_perception(PerceptionArguments(str(folder), num_rows=6, num_swaps=2, seed=3))
+    return load_dataset(str(folder))
+
+
+def test_perception_questions_have_right_answers(perception):
+    sources = list_rows(["shell_game"], 6, 3, {"train": 1.0}, {"shell_game": {"num_swaps": 2}})
+    scenes = {row["id"]: scene_of(row["scene"]) for row in sources}
+    kinds = set()
+    for row in perception["choose"]:
+        source, kind, _ = row["id"].rsplit("-", 2)
+        scene = scenes[source]
+        kinds.add(kind)
+        if row["messages"]:
+            told, reply = row["messages"]
+            assert f"The ball is under the {scene.options[scene.start]}." in told["content"]
+            assert f"{reply['content']}. {scene.options[scene.start]}" in told["content"]
+            continue
+        answer = row["options"][LETTERS.index(row["answer"])] if row["options"] else row["answer"]
+        frames, _ = decode_video(row["video"]["bytes"])
+        assert len(frames) == scene.num_frames
+        if row["question"] == START:
+            # The ball's cup is the one that is lifted in the first frame: less of its colour at its foot.
+            feet, ball = scene.cups_at(0)
+            assert answer == scene.options[sorted(range(3), key=lambda cup: feet[cup][0]).index(ball)]
+        elif row["question"] == SEEN:
+            last = scene.thought_frame(scene.num_frames - 1)
+            feet, ball = scene.cups_at(scene.num_frames - 1)
+            x, y = feet[ball]
+            assert tuple(last[int(y - 7), int(x)]) == scene.ball_color
+            assert answer == scene.options[sorted(range(3), key=lambda cup: feet[cup][0]).index(ball)]
+        else:
+            swap = int(row["question"].rstrip("?").split()[-1]) - 1
+            assert answer == scene.options[3 - sum(scene.swaps[swap])]
+    assert kinds == {"still", "seen", "start", "start, choice", "text"}
+    assert {row["id"] for row in perception["see"]} < {row["id"] for row in perception["choose"]}
+
+
+def test_no_perception_question_is_the_task_itself(perception):
+    task = next(list_rows(["shell_game"], 1, 0, {"train": 1.0}))["question"]
+    assert not [row for row in perception["choose"] if task in str(row)]
+
+
+def test_a_row_given_its_own_states_answers_as_before(tmp_path):
+    gate.make_base(tmp_path, seed=0)
+    model = StormsForConditionalGeneration.from_pretrained(tmp_path).eval()
+    for parameter in model.parameters():  # rows then differ in what they answer
+        if parameter.ndim > 1:
+            parameter.data.mul_(2)
+    processor = StormsProcessor.from_pretrained(tmp_path)
+    processor.video_processor.num_frames = 4
+    collator = StormsCollator(processor)
+    rows = make_rows(4)
+    own = answer_rows(model, collator, rows, batch_size=2, latent_mode="force")
+    states = [one["latent_states"] for one in own]
+    again = answer_rows(model, collator, rows, batch_size=3, replace_states=states)
+    assert [one["text"] for one in again] == [one["text"] for one in own]
+    for one, other in zip(own, again):
+        torch.testing.assert_close(one["latent_states"], other["latent_states"])
+    turned = answer_rows(model, collator, rows, batch_size=4, replace_states=[*states[1:], states[0]])
+    torch.testing.assert_close(turned[0]["latent_states"], states[1])
+    assert [one["text"] for one in turned] != [one["text"] for one in own]
+
+
+def test_the_committed_gate_was_passed_and_is_shown():
+    results = json.loads((ROOT / "recipes" / "experiments" / "results" / "gate.json").read_text())
+    assert gate.shortfalls(results) == []
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for split, name in (("train", "training rows"), ("validation", "held-out rows")):
+        found = results[split]
+        cells = (found["accuracy"], found["full_blocks"], found["full_blocks_latent_stop_token"], found["parsed"])
+        assert f"| {name} | " + " | ".join(f"{100 * cell:.1f}%" for cell in cells) + " |" in readme
+    for name, found in results["interventions"].items():
+        cells = [found[key] for key in ("intact", "donor", "noise", "follows_donor", "intact_gives_donors_answer")]
+        assert f"| {name} | " + " | ".join(f"{100 * cell:.1f}%" for cell in cells) + " |" in readme
+
+
+def test_the_gate_says_what_is_missing():
+    good = json.loads((ROOT / "recipes" / "experiments" / "results" / "gate.json").read_text())
+    for split in ("train", "validation"):
+        good[split]["full_blocks"] = 0.5
+    good["interventions"]["default"]["follows_donor"] = 0.0
+    missed = gate.shortfalls(good)
+    assert [one.split(":")[0] for one in missed] == [
+        "blocks opened by itself and full",
+        "donor's answer given with its latents",
+    ]
