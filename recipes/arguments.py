@@ -130,7 +130,9 @@ class StormsTrainingArguments(SFTConfig):
         "llm", "What trains: llm (language model and head; vision tower frozen) or all. LoRA: see `--use_peft`."
     )
     latent_size: int | None = _option(
-        8, "K, slots of a block. null: one slot for each token of the target, without pooling."
+        8,
+        "K, slots of a block. null: one slot for each token of a row's target, without pooling; generation then uses "
+        "as many as the first row has.",
     )
     latent_input: str | None = _option(
         None, "Stage I only: what fills the slots, teacher_forced (default) or rollout. Stage II always rolls out."

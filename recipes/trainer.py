@@ -235,6 +235,9 @@ class StormsTrainer(SFTTrainer):
         metrics = {name: values[name][0] / values[name][1] for name in known if values[name][1] > 0}
         if mode == "train":
             self._stop_clock()
+            if self._total_train_tokens == 0:  # perhaps a run that goes on
+                logged = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
+                self._total_train_tokens = logged[-1] if logged else 0
             self._total_train_tokens += int(values["num_tokens"][0])
             metrics["num_tokens"] = self._total_train_tokens
             metrics["tokens_per_second"] = values["num_tokens"][0] / self._seconds
@@ -339,6 +342,11 @@ class StormsTrainer(SFTTrainer):
             save_static_files(self._backbone(self.model), self.processing_class, output)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The trainer's state comes next, and says that a checkpoint is whole: of every rank.
+        self.accelerator.wait_for_everyone()
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers'; but a finished LoRA run leaves the merged model in the output folder, and the adapter in
         `_adapter/`: with both in one folder, `AutoModel` would look for the adapter's base instead. (What begins
@@ -401,12 +409,13 @@ class StormsTrainer(SFTTrainer):
 
     def finish(self) -> None:
         """Save, write the card and, with `--push_to_hub`, push."""
-        self.save_model(self.args.output_dir, _internal_call=True)
-        self.create_model_card()
         self.save_state()
         if self.args.push_to_hub:
-            self.push_to_hub()
+            self.push_to_hub()  # which saves, and writes the card
             self.accelerator.print(f"Pushed to {self.hub_model_id}")
+        else:
+            self.save_model(self.args.output_dir, _internal_call=True)
+            self.create_model_card()
         self.accelerator.print(f"Saved in {self.args.output_dir}")
         self.end()
 
@@ -453,6 +462,11 @@ def run(stage: str, description: str | None, argv: Sequence[str] | None = None) 
         num_target_frames=training.num_target_frames,
         cache={} if data.cache_rows else None,
     )
+    if stage != "sft" and training.latent_size is None:
+        # As many slots as a target has tokens; for inference, as many as that of the first row.
+        first = next(row for row in train_dataset if not row.get("messages"))
+        num_slots = collator.encode(first).input_ids.count(collator.pad_id)
+        model.config.latent_size = model.generation_config.latent_size = num_slots
     trainer = StormsTrainer(
         model,
         training,

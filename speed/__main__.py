@@ -87,7 +87,12 @@ def measure_train_step(device: str, rounds: int, latent_size: int = 8) -> list[d
     batches = {stage: _training_batch(processor, stage, latent_size) for stage in ("sft", "stage1", "stage2")}
     batches = {stage: {name: one.to(device) for name, one in batch.items()} for stage, batch in batches.items()}
     media = [batches["stage1"].pop(name) for name in TARGET_MEDIA]
-    stored = encode_targets(model, *media, latent_size)
+
+    def encode() -> torch.Tensor:
+        pixels, grid_thw, media_per_row = media
+        return encode_targets(model, pixels, grid_thw, media_per_row, latent_size)
+
+    stored = encode()
 
     def step(loss: torch.Tensor) -> float:
         loss.backward()
@@ -114,9 +119,7 @@ def measure_train_step(device: str, rounds: int, latent_size: int = 8) -> list[d
     teacher_forced: dict[str, Any] = {"latent_input": "teacher_forced"}
     ways["sft"] = lambda: train("sft")
     ways["stage1, cached"] = lambda: train("stage1", latent_targets=stored, **teacher_forced)
-    ways["stage1, on the fly"] = lambda: train(
-        "stage1", latent_targets=encode_targets(model, *media, latent_size), **teacher_forced
-    )
+    ways["stage1, on the fly"] = lambda: train("stage1", latent_targets=encode(), **teacher_forced)
     ways["stage2"] = lambda: train("stage2", latent_input="rollout")
     ways[f"naive, {latent_size + 1} passes"] = naive
     if abs(ways["stage2"]() - naive()) > 1e-4:

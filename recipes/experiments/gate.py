@@ -81,10 +81,12 @@ def train(arguments: GateArguments) -> Path:
             ["build", *world, "--validation_fraction", "0.2", "--test_fraction", "0", "--output", f"{root}/shell_game"]
         )
     choose = ["--dataset_name", f"{root}/perception", "--dataset_train_split", "choose", "--max_steps", "1400"]
+    follow = ["--dataset_name", f"{root}/perception", "--dataset_train_split", "follow", "--max_steps", "700"]
     runs = (
         (sft, "sft", "base", "see", ["--dataset_name", f"{root}/perception", "--dataset_train_split", "see"]),
         (sft, "sft", "see", "choose", choose),
-        (stage1, "stage1", "choose", "stage1", ["--dataset_name", f"{root}/shell_game"]),
+        (sft, "sft", "choose", "follow", follow),
+        (stage1, "stage1", "follow", "stage1", ["--dataset_name", f"{root}/shell_game"]),
         (stage2, "stage2", "stage1", "stage2", ["--dataset_name", f"{root}/shell_game"]),
     )
     for script, config, start, name, options in runs:

@@ -2,9 +2,9 @@
 
     python -m recipes.experiments.perception --num_rows 1000 --num_swaps 1 --output perception
 
-Writes a dataset of two splits for `recipes/sft.py`. `see` asks about scenes of the shell game whose ball is in sight,
-and which cup stays in place, in words; `choose` adds letters, and texts that need no video. None asks what the shell
-game asks: where a hidden ball ends.
+Writes a dataset of three splits for `recipes/sft.py`. `see` asks about scenes of the shell game whose ball is in
+sight, and which cup stays in place, in words; `choose` adds letters, and texts that need no video; `follow` asks where
+a named cup ends. None asks what the shell game asks: where a ball ends that was seen at the start only.
 """
 
 import json
@@ -41,6 +41,12 @@ STILL = "Which cup stays in its place in swap {}?"
 SEEN = "The ball is seen through its cup. Where is it at the end?"
 START = "Where is the ball at the start?"
 TOLD = "The ball is under the {}. Where is the ball?"
+FOLLOW = "Follow the {}. Where is it at the end?"
+SPLITS = {
+    "see": ("still", "seen", "start"),
+    "choose": ("still", "seen", "start", "start, choice", "text"),
+    "follow": ("still", "seen", "start", "start, choice", "follow", "follow, choice"),
+}
 
 
 @dataclass
@@ -63,6 +69,13 @@ def list_questions(scene: ShellGameScene, rng: np.random.Generator) -> Iterator[
     yield "seen", _question(thought, SEEN, names, scene.answer_idx)
     yield "start", _question(clip, START, names, scene.start)
     yield "start, choice", _question(clip, START, names, scene.start, rng)
+    for cup in range(len(names)):
+        end = cup
+        for low, high in scene.swaps:
+            end = {low: high, high: low}.get(end, end)
+        follow = FOLLOW.format(names[cup])
+        yield "follow", _question(clip, follow, names, end)
+        yield "follow, choice", _question(clip, follow, names, end, rng)
     order = rng.permutation(len(names))
     told = TOLD.format(names[scene.start])
     reply = LETTERS[order.tolist().index(scene.start)]
@@ -90,7 +103,7 @@ def write_perception(arguments: PerceptionArguments) -> Path:
     output = Path(arguments.output)
     shutil.rmtree(output, ignore_errors=True)
     dials = {"shell_game": {"num_swaps": arguments.num_swaps}}
-    rows: dict[str, list[dict[str, Any]]] = {"see": [], "choose": []}
+    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for index, source in enumerate(
         list_rows(["shell_game"], arguments.num_rows, arguments.seed, {"train": 1.0}, dials)
     ):
@@ -98,9 +111,9 @@ def write_perception(arguments: PerceptionArguments) -> Path:
         rng = np.random.default_rng([arguments.seed, index])
         for number, (kind, columns) in enumerate(list_questions(scene, rng)):
             row = {**dict.fromkeys(FEATURES), "id": f"{source['id']}-{kind}-{number}", **columns}
-            rows["choose"].append(row)
-            if kind in ("still", "seen", "start"):
-                rows["see"].append(row)
+            for split, kinds in SPLITS.items():
+                if kind in kinds:
+                    rows[split].append(row)
     (output / "data").mkdir(parents=True)
     for split, listed in rows.items():
         Dataset.from_list(listed, features=FEATURES).to_parquet(output / "data" / f"{split}-00000-of-00001.parquet")

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from evaluation.prompts import storms_prompt
 from modeling_storms import StormsForConditionalGeneration, StormsProcessor
 from modeling_storms.video_storms import decode_video
 from recipes import trainer as trainer_module
-from recipes.trainer import _draw
+from recipes.trainer import _draw, run
 
 from ..modeling_storms.conftest import same_weights
 from ..modeling_storms.reference import recompute, single_rows
@@ -622,3 +623,26 @@ class TestTrainedModel:
         measured = build("stage2", eval_rows=rows, eval_answers=0).evaluate()
         assert "eval_loss/lm" in measured
         assert "eval_accuracy" not in measured
+
+
+def test_without_pooling_a_checkpoint_generates_as_many_slots_as_its_first_row_has(tiny_checkpoint, tmp_path):
+    Dataset.from_list(make_rows(2)).to_parquet(tmp_path / "data" / "train.parquet")
+    argv = ["--model_name_or_path", tiny_checkpoint, "--dataset_name", tmp_path / "data"]
+    argv += [
+        "--output_dir",
+        tmp_path / "out",
+        "--latent_size",
+        "null",
+        "--max_steps",
+        "1",
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+        "--num_frames",
+        "4",
+    ]
+    run("stage2", None, [str(one) for one in [*argv, "--save_strategy", "no", "--disable_tqdm", "true"]])
+    model = StormsForConditionalGeneration.from_pretrained(tmp_path / "out")
+    tokens = 4  # a thought video of 2 frames is one step of 4 tokens
+    assert model.config.latent_size == model.generation_config.latent_size == tokens

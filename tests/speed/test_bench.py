@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,6 +25,16 @@ def test_bench_writes_its_ratio(tmp_path):
     assert f"{result['ratio']:.3f}" in printed
 
 
+@pytest.mark.slow
+def test_a_training_step_of_each_stage_is_measured(tmp_path):
+    run_bench(tmp_path, "train_step")
+    results = json.loads((tmp_path / "train_step_cpu.json").read_text())["results"]
+    ratios = {result["model"]: result["ratio"] for result in results}
+    assert list(ratios) == ["stage1, cached", "stage1, on the fly", "stage2", "naive, 9 passes"]
+    assert 500 < int(results[0]["batch"].split("rows of ")[1].split()[0]) < 700
+    assert ratios["stage2"] < 0.5 * ratios["naive, 9 passes"]  # 1.15 and 9.3 are measured on a quiet machine
+
+
 def test_decoding_keeps_up_with_decord(tmp_path, clip):
     run_bench(tmp_path, "decode", "--videos", str(clip))
     every, some = json.loads((tmp_path / "decode_cpu.json").read_text())["results"]
@@ -35,6 +47,10 @@ def test_readme_shows_the_committed_results():
     results = ROOT / "speed" / "results"
     for result in json.loads((results / "off_mode_cpu.json").read_text())["results"]:
         assert f"| {result['model'].split()[0]} | {result['ratio']:.3f} |" in readme
+    for result in json.loads((results / "train_step_cpu.json").read_text())["results"]:
+        assert f"| {result['model']} | {result['ratio']:.3f} |" in readme
+        limits = {"stage1, cached": 1.1, "stage2": 1.3}  # what the stages may cost
+        assert result["ratio"] <= limits.get(result["model"], 20)
     for result in json.loads((results / "decode_cpu.json").read_text())["results"]:
         assert f"| {result['video']} | {result['ratio']:.3f} |" in readme
         assert result["ratio"] >= 0.9
