@@ -43,7 +43,7 @@ class StormsTrainer(SFTTrainer):
         kwargs: of `SFTTrainer`; `data_collator` is a `StormsCollator`.
     """
 
-    _tag_names = ["storms", "trl", "sft"]  # noqa: RUF012
+    _tag_names = ["storms", "trl", "sft"]  # noqa: RUF012  # as TRL declares it
     _name = "STORMS"
 
     args: StormsTrainingArguments
