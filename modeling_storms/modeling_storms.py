@@ -31,6 +31,12 @@ class StormsForConditionalGeneration(LatentReasoningMixin, Qwen2_5_VLForConditio
 
     config: StormsConfig
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As the library's, in shards of 5 GB by default (`max_shard_size`): a broken upload is soon made up for."""
+        if len(args) < 5:
+            kwargs.setdefault("max_shard_size", "5GB")
+        return super().save_pretrained(*args, **kwargs)
+
     def get_target_features(
         self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, tower: Any = None
     ) -> tuple[torch.Tensor, ...]:

@@ -226,6 +226,11 @@ def parse_arguments(
     )
     data, training, model_arguments = parser.parse_args_and_config(argv)
     check_stage(training, stage)
+    if training.push_to_hub and training.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise ValueError(
+            f"--hub_strategy: saw {training.hub_strategy.value!r}, expected 'every_save' or 'end': states of "
+            "optimizers are pickles, which are not published. Resume from --output_dir."
+        )
     if model_arguments.use_peft and training.push_to_hub and training.hub_strategy != HubStrategy.END:
         # An adapter alone does not load by `AutoModel`; the merged model is pushed once training has ended.
         training.hub_strategy = HubStrategy.END

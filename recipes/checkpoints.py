@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils.hub import cached_file
 from trl import ModelConfig
 
 from modeling_storms import StormsForConditionalGeneration, StormsProcessor
@@ -53,6 +54,17 @@ def load_model(
         lowest = min(size["shortest_edge"], data.max_frame_pixels)
         processor.video_processor.size = {"shortest_edge": lowest, "longest_edge": data.max_frame_pixels}
     return model, processor
+
+
+def list_runs(name: str | None, revision: str | None = None) -> list[dict[str, Any]]:
+    """Records (`training.json`) of the runs that made a checkpoint, first to last; as far as it has any."""
+    if name is None:
+        return []
+    path = cached_file(name, "training.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return []
+    record = json.loads(Path(path).read_text(encoding="utf-8"))
+    return [*record.pop("earlier", []), record]
 
 
 def lora_config(model_arguments: ModelConfig, model: StormsForConditionalGeneration) -> Any:

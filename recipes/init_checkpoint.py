@@ -7,6 +7,7 @@
 The result loads by `AutoModel.from_pretrained(DIR, trust_remote_code=True)` on a machine without this package.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ from transformers import (
 from transformers.utils import logging
 
 import modeling_storms
+from model_card.push import HubError, check_checkpoint, explain, upload
+from model_card.render import public_name, render_model_card
 from modeling_storms import StormsConfig, StormsForConditionalGeneration, StormsProcessor, StormsVideoProcessor
 from modeling_storms.processing_storms import LATENT_TOKENS
 
@@ -221,9 +224,11 @@ def init_checkpoint(arguments: InitArguments) -> Path:
         model_type = PreTrainedConfig.get_config_dict(arguments.base, revision=arguments.revision)[0].get("model_type")
         if model_type != "qwen2_5_vl":
             raise ValueError(f"{arguments.base} is a {model_type!r} model, but --base must be a plain Qwen2.5-VL one.")
-    api = HfApi()
     if arguments.push_to_hub is not None:  # before the work: a wrong token or name should not cost a conversion
-        repo_id = api.create_repo(arguments.push_to_hub, private=arguments.private, exist_ok=True).repo_id
+        try:
+            repo_id = HfApi().create_repo(arguments.push_to_hub, private=arguments.private, exist_ok=True).repo_id
+        except Exception as error:
+            raise HubError(f"Can't make {arguments.push_to_hub} on the Hub: {explain(error)[0]}") from error
     if arguments.base is None:
         base, processor = build_tiny_base(arguments.seed)
     else:
@@ -244,18 +249,28 @@ def init_checkpoint(arguments: InitArguments) -> Path:
     try:
         model.save_pretrained(staging)
         processor.save_pretrained(staging)
+        record = {"stage": "init", "base_model": arguments.base and public_name(arguments.base)}
+        record |= {"revision": arguments.revision} if arguments.revision else {}
+        (staging / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+        card = render_model_card(arguments.push_to_hub or output.name, record)
+        (staging / "README.md").write_text(card, encoding="utf-8")
         staging.replace(output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     if arguments.push_to_hub is not None:
-        api.upload_folder(repo_id=repo_id, folder_path=output, commit_message="STORMS checkpoint before training")
+        check_checkpoint(output)
+        again = f"Push it by `python -m model_card push --checkpoint {output} --repo {repo_id}`."
+        upload(output, repo_id, "STORMS checkpoint before training", again)
     return output
 
 
 def main() -> None:
     parser = HfArgumentParser(InitArguments, description=__doc__)
     (arguments,) = parser.parse_args_into_dataclasses()
-    output = init_checkpoint(arguments)
+    try:
+        output = init_checkpoint(arguments)
+    except (HubError, ValueError) as error:
+        raise SystemExit(f"Error: {error}") from error
     size = sum(file.stat().st_size for file in output.iterdir()) / 1e6
     print(f"Wrote {output} ({size:.1f} MB): {', '.join(sorted(file.name for file in output.iterdir()))}")
     if arguments.push_to_hub is not None:

@@ -2,32 +2,45 @@
 
 import copy
 import json
+import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, is_peft_model
 from datasets import IterableDataset
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, has_length
+from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
 from trl import SFTTrainer
 
+from model_card.push import HubError, explain, upload
 from model_card.render import public_name, render_model_card
 
 from .answers import answer_rows
 from .arguments import RESUME_FROM_LAST, StormsTrainingArguments, parse_arguments
-from .checkpoints import last_checkpoint, load_model, lora_config, save_static_files
+from .checkpoints import last_checkpoint, list_runs, load_model, lora_config, save_static_files
 from .collator import IGNORED, TARGET_MEDIA, StormsCollator
 from .data import load_data
 from .merge_lora import merge_lora
 from .targets import encode_targets, target_settings
 
 
+logger = logging.get_logger(__name__)
+
 # Metrics that a checkpoint's card shows.
 CARD_METRICS = ("loss/lm", "loss/latent", "loss/stop", "latent_cosine", "eval_loss", "eval_accuracy", "eval_parsed")
+
+
+class SavingError(RuntimeError):
+    """A checkpoint could not be written; says which one is whole, and what to do."""
 
 
 class StormsTrainer(SFTTrainer):
@@ -40,6 +53,7 @@ class StormsTrainer(SFTTrainer):
     Args:
         stage (`str`): `"sft"`, `"stage1"` or `"stage2"`.
         base_model (`str`, *optional*), dataset_names (`Sequence[str]`): what the card names.
+        earlier (`Sequence[dict]`): records of the runs that made the base model, for the card.
         kwargs: of `SFTTrainer`; `data_collator` is a `StormsCollator`.
     """
 
@@ -55,9 +69,12 @@ class StormsTrainer(SFTTrainer):
         stage: str,
         base_model: str | None = None,
         dataset_names: Sequence[str] = (),
+        earlier: Sequence[dict[str, Any]] = (),
         **kwargs: Any,
     ):
         self.stage = stage
+        self.push_in_progress: PushInProgress | None = None
+        self.earlier = list(earlier)
         self.base_model, self.dataset_names = base_model, list(dataset_names)
         self._num_slots_in_batch: torch.Tensor | None = None
         # By mode and name, (sum, count) on the device: read out when something is logged, not at every step.
@@ -371,6 +388,81 @@ class StormsTrainer(SFTTrainer):
             backbone.config.save_pretrained(output_dir)
             backbone.generation_config.save_pretrained(output_dir)
 
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with self._saving(folder):
+            super()._save_checkpoint(model, trial)
+
+    @contextmanager
+    def _saving(self, folder: Path) -> Iterator[None]:
+        """Says what to do if a save fails, as on a full disk. (safetensors and torch have errors of their own.)"""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            output = Path(self.args.output_dir)
+            if folder != output:
+                shutil.rmtree(folder, ignore_errors=True)  # half-written
+            free, last = shutil.disk_usage(output).free / 1e9, last_checkpoint(output)
+            raise SavingError(
+                f"Saving {folder} failed: {error} ({free:.1f} GB are free.) "
+                + (f"The last whole checkpoint is {last}; " if last else "There is no earlier checkpoint; ")
+                + "make room, and the same command with --resume_from_checkpoint last goes on."
+            ) from error
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        try:
+            super().init_hf_repo(token, private)
+        except Exception as error:
+            raise HubError(
+                f"Can't make {self.args.hub_model_id} on the Hub: {explain(error)[0]} Nothing was trained yet."
+            ) from error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push while training goes on: as transformers', but only what belongs on the Hub, and failures are told."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if self.push_in_progress is not None and not self.push_in_progress.is_done() and not self.args.hub_always_push:
+            return  # the next checkpoint will do
+        self._finish_current_push()
+        output, folder = Path(self.args.output_dir), Path(checkpoint_folder)
+        # A copy, as the checkpoint may be deleted while it is on its way.
+        for path in [*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")]:
+            shutil.copy(path, output / path.name)
+        step = self.state.global_step
+        job = HfApi().run_as_future(self._upload, f"Training in progress, step {step}", f"Step {step} is in {folder}.")
+        job.add_done_callback(_tell_failure)
+        self.push_in_progress = PushInProgress([job])
+
+    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> Any:
+        """Save, write the card, and push, once the push in progress has ended.
+
+        Raises:
+            HubError: if the Hub refuses or can't be reached; the checkpoint is in the output folder.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo()
+        self.save_model(_internal_call=True)
+        self.create_model_card()
+        return self._push(commit_message or "End of training")
+
+    def _push(self, message: str = "End of training") -> Any:
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        command = f"python -m model_card push --checkpoint {self.args.output_dir} --repo {self.hub_model_id}"
+        return self._upload(message, f"It holds the trained model; push it by `{command}`.")
+
+    def _upload(self, message: str, again: str) -> Any:
+        return upload(
+            Path(self.args.output_dir),
+            self.hub_model_id,
+            message,
+            again,
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+            tell=logger.warning,
+        )
+
     def create_model_card(self, model_name: str | None = None, dataset_name: Any = None, tags: Any = None) -> None:
         """Write the card, and `training.json`, from which its numbers are."""
         if not self.is_world_process_zero():
@@ -400,24 +492,37 @@ class StormsTrainer(SFTTrainer):
             * self.args.gradient_accumulation_steps
             * self.accelerator.num_processes,
             "num_processes": self.accelerator.num_processes,
+            "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+            "hours": self._hours(),
             "arguments": {name: getattr(self.args, name) for name in chosen},
             "metrics": metrics,
+            "earlier": self.earlier,
         }
         (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
         card = render_model_card(self.hub_model_id or output.resolve().name, record)
         (output / "README.md").write_text(card, encoding="utf-8")
 
+    def _hours(self) -> float | None:
+        """Wall time of the training that has ended; of a resumed one it would only be the last part."""
+        runtimes = [entry["train_runtime"] for entry in self.state.log_history if "train_runtime" in entry]
+        return round(runtimes[-1] / 3600, 4) if runtimes and not self.args.resume_from_checkpoint else None
+
     def finish(self) -> None:
         """Save, write the card and, with `--push_to_hub`, push."""
-        self.save_state()
-        if self.args.push_to_hub:
-            self.push_to_hub()  # which saves, and writes the card
-            self.accelerator.print(f"Pushed to {self.hub_model_id}")
-        else:
+        with self._saving(Path(self.args.output_dir)):
+            self.save_state()
             self.save_model(self.args.output_dir, _internal_call=True)
             self.create_model_card()
         self.accelerator.print(f"Saved in {self.args.output_dir}")
+        if self.args.push_to_hub:
+            self._push()
+            self.accelerator.print(f"Pushed to {self.hub_model_id}")
         self.end()
+
+
+def _tell_failure(job: Any) -> None:
+    if (error := job.exception()) is not None:
+        logger.warning(f"{error} Training goes on, and the next checkpoint will be pushed.")
 
 
 def _draw(row_seeds: torch.Tensor, seed: int, step: int) -> torch.Tensor:
@@ -467,18 +572,22 @@ def run(stage: str, description: str | None, argv: Sequence[str] | None = None) 
         first = next(row for row in train_dataset if not row.get("messages"))
         num_slots = collator.encode(first).input_ids.count(collator.pad_id)
         model.config.latent_size = model.generation_config.latent_size = num_slots
-    trainer = StormsTrainer(
-        model,
-        training,
-        collator,
-        train_dataset,
-        eval_dataset,
-        processing_class=processor,
-        peft_config=lora_config(model_arguments, model),
-        stage=stage,
-        base_model=model_arguments.model_name_or_path,
-        dataset_names=[source.path for source in data.sources()],
-    )
-    trainer.train(training.resume_from_checkpoint)
-    trainer.finish()
+    try:
+        trainer = StormsTrainer(
+            model,
+            training,
+            collator,
+            train_dataset,
+            eval_dataset,
+            processing_class=processor,
+            peft_config=lora_config(model_arguments, model),
+            stage=stage,
+            base_model=model_arguments.model_name_or_path,
+            dataset_names=[source.path for source in data.sources()],
+            earlier=list_runs(model_arguments.model_name_or_path, model_arguments.model_revision),
+        )
+        trainer.train(training.resume_from_checkpoint)
+        trainer.finish()
+    except (HubError, SavingError) as error:
+        raise SystemExit(f"Error: {error}") from error
     return trainer

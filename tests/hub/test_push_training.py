@@ -62,27 +62,35 @@ def hub(folders, tmp_path):
         environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf")}
         environment |= {"HF_TOKEN": TOKENS["environment"], "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
 
-        def run(*command):
-            done = subprocess.run(
+        def call(*command):
+            return subprocess.run(
                 [*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
             )
+
+        def run(*command):
+            done = call(*command)
             assert done.returncode == 0, done.stderr
             return done.stdout
 
-        hub.run = run
+        hub.call, hub.run = call, run
         yield hub
 
 
-def train(hub, output, *flags):
-    """Stage II as users start it; the commits it made after the repository's first one, oldest first."""
-    printed = hub.run(
+def command(output, *flags):
+    """Stage II as users start it."""
+    return [
         *(Path(sys.executable).parent / "accelerate", "launch", "--cpu", "recipes/stage2.py", "--output_dir", output),
         *("--model_name_or_path", "org/storms-init", "--dataset_name", "org/thoughts", "--num_frames", 4),
         *("--max_steps", 4, "--save_steps", 2, "--logging_steps", 1, "--per_device_train_batch_size", 2),
         *("--learning_rate", 1e-3, "--eval_strategy", "steps", "--eval_steps", 2, "--eval_answers", 2),
         *("--use_cpu", "true", "--bf16", "false", "--disable_tqdm", "true", "--report_to", "none"),
         *("--push_to_hub", "true", "--hub_model_id", "org/storms-tiny", *flags),
-    )
+    ]
+
+
+def train(hub, output, *flags):
+    """Run it; the commits it made after the repository's first one, oldest first."""
+    printed = hub.run(*command(output, *flags))
     assert "Pushed to org/storms-tiny" in printed
     (_, first), *commits = hub.commits["org/storms-tiny"]
     assert first == {}
@@ -93,14 +101,19 @@ def assert_tells_nothing_private(files: dict[str, bytes], *folders: Path) -> Non
     for name, data in files.items():
         for token in TOKENS.values():
             assert token.encode() not in data, name
-        if not name.endswith(".bin"):  # pickled arguments hold the output folder, as those of any Trainer
-            for folder in (*folders, ROOT, Path.home()):
-                assert str(folder).encode() + b"/" not in data, name
+        for folder in (*folders, ROOT, Path.home()):
+            assert str(folder).encode() + b"/" not in data, name
+        assert not name.endswith((".bin", ".pt", ".pth", ".pkl")), "a pickle"
+        if name.endswith(".py"):
+            assert data == (ROOT / "modeling_storms" / name).read_bytes()
 
 
 def test_every_commit_of_a_training_run_loads_and_reasons(hub, tmp_path, folders, clip):
     output = tmp_path / "out"
+    hub.fail(500, "POST .*/commit/", times=1)
+    hub.fail(429, "PUT /lfs/", times=1)
     commits = train(hub, output, "--hub_token", TOKENS["flag"])
+    assert sum(fault.times for fault in hub.faults) == 0
     # Step 2, step 4 unless step 2 was still on its way then, and the end.
     assert 2 <= len(commits) <= 3
 
@@ -123,8 +136,36 @@ def test_every_commit_of_a_training_run_loads_and_reasons(hub, tmp_path, folders
         assert f"| optimiser steps | {record['steps']} |" in card.text
         assert {"loss/lm", "eval_loss", "eval_accuracy"} <= set(record["metrics"])
         for name, value in record["metrics"].items():
-            assert f"| {name} | {value:.4g} |" in card.text
+            assert f"| {name}, last logged | {value:.4g} |" in card.text
     assert json.loads(commits[-1][1]["training.json"])["steps"] == 4
+
+
+@pytest.mark.slow
+def test_a_token_revoked_in_mid_training_costs_no_checkpoint(hub, tmp_path):
+    output = tmp_path / "out"
+    hub.fail("revoked", "POST .*/commit/", times=1)
+    done = hub.call(*command(output))
+    assert done.returncode != 0
+    assert "status 401" in done.stderr
+    assert "Training goes on, and the next checkpoint will be pushed." in done.stderr
+    assert f"push it by `python -m model_card push --checkpoint {output} --repo org/storms-tiny`" in done.stderr
+    assert not [token for token in TOKENS.values() if token in done.stdout + done.stderr]
+    for folder in (output, output / "checkpoint-2", output / "checkpoint-4"):
+        assert (folder / "model.safetensors").is_file()
+    assert len(hub.commits["org/storms-tiny"]) == 1
+
+    refused = hub.call(*command(output))
+    assert refused.returncode != 0
+    assert "Can't make org/storms-tiny on the Hub: status 401" in refused.stderr
+    assert "Nothing was trained yet." in refused.stderr
+
+    hub.tokens = set(TOKENS.values())
+    printed = hub.run(sys.executable, "-m", "model_card", "push", "--checkpoint", output, "--repo", "org/storms-tiny")
+    assert "tagged v1" in printed
+    pushed = hub.tree("org/storms-tiny")[1]
+    assert pushed["model.safetensors"] == (output / "checkpoint-4" / "model.safetensors").read_bytes()
+    # Or by the training command itself, which finds that nothing is left to train.
+    assert "Pushed to org/storms-tiny" in hub.run(*command(output, "--resume_from_checkpoint", "last"))
 
 
 @pytest.mark.slow

@@ -35,7 +35,6 @@ def test_it_names_stage_data_and_metrics():
     assert card.data.library_name == "transformers"
     assert "stage2" in card.data.tags
     assert rows_of(card) == {
-        "stage": "stage2",
         "started from": "org/storms-7b-stage1",
         "datasets": "org/thoughts, other/questions",
         "optimiser steps": "1225",
@@ -44,8 +43,8 @@ def test_it_names_stage_data_and_metrics():
         "learning_rate": "1e-05",
         "latent_size": "8",
         "stop_supervision": "none",
-        "loss/lm": "0.1235",
-        "eval_accuracy": "0.75",
+        "loss/lm, last logged": "0.1235",
+        "eval_accuracy, last logged": "0.75",
     }
     assert card.text.lstrip().startswith("# storms-7b\n")
 

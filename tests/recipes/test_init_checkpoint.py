@@ -172,7 +172,7 @@ def test_half_precision_is_kept(tmp_path):
 
 
 def test_the_tiny_checkpoint_is_small_and_repeats(tmp_path):
-    folders = [init_checkpoint(InitArguments(tiny=True, output=str(tmp_path / name))) for name in "ab"]
+    folders = [init_checkpoint(InitArguments(tiny=True, output=str(tmp_path / name / "storms"))) for name in "ab"]
     assert sum(file.stat().st_size for file in folders[0].iterdir()) < 5e6
     for file in folders[0].iterdir():
         assert file.read_bytes() == (folders[1] / file.name).read_bytes(), file.name

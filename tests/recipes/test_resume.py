@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -143,3 +144,22 @@ def test_a_checkpoint_that_is_not_there_is_named(flags, tmp_path):
     missing = str(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match=missing):
         stage2.main([*flags, "--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", missing])
+
+
+def test_a_full_disk_costs_no_checkpoint(flags, tmp_path):
+    """Files above a limit can't be written, as on a disk without room for them."""
+    stage2.main([*flags, "--output_dir", str(tmp_path), "--max_steps", "2"])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))  # below the weights
+    try:
+        with pytest.raises(SystemExit, match=r"Saving .*checkpoint-4 failed: .*GB are free") as caught:
+            stage2.main([*flags, "--output_dir", str(tmp_path)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"last whole checkpoint is {tmp_path / 'checkpoint-2'}" in str(caught.value)
+    assert "--resume_from_checkpoint last goes on" in str(caught.value)
+    assert not (tmp_path / "checkpoint-4").exists()  # nothing half-written
+    assert load_file(tmp_path / "model.safetensors")  # that of the first run
+    stage2.main([*flags, "--output_dir", str(tmp_path)])
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
+    assert len(trajectory(tmp_path)) == 8
