@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 # Two busy OpenMP threads on few cores can be far slower than one: tests and tiny models run on one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo gate test test-all lint bench
+.PHONY: demo app gate test test-all lint bench
 
 demo: $(VENV)/ready ## make demo [VIDEO=path] [MODEL=folder or Hub id] [QUESTION="..."]
 	$(BIN)/python -m recipes.demo $(if $(VIDEO),--video "$(VIDEO)") $(if $(MODEL),--model "$(MODEL)") $(if $(QUESTION),--question "$(QUESTION)")
+
+app: $(VENV)/ready ## make app MODEL=folder or Hub id [ARGS="--help"]: a page to ask it about videos
+	$(BIN)/python -m recipes.demo_app $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 gate: $(VENV)/ready ## train a tiny model that learns, and put its latents on trial (minutes on one core)
 	$(BIN)/python -m recipes.experiments.gate $(ARGS)

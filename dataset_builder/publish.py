@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
+from model_card.push import HubError, explain, upload
 from model_card.render import render_dataset_card
 from modeling_storms.video_storms import VideoDecodeError, decode_video
 
@@ -171,12 +172,12 @@ def check_login() -> None:
     """Ask the Hub who we are.
 
     Raises:
-        ConnectionError: if it can't be reached, or knows no such token.
+        HubError: if it can't be reached, or knows no such token.
     """
     try:
         HfApi().whoami()
-    except Exception as error:  # the client's transport has errors of its own, which change with its version
-        raise ConnectionError(f"The Hub does not let us in: {error} Log in by `hf auth login`.") from error
+    except Exception as error:
+        raise HubError(f"The Hub does not let us in: {explain(error)[0]}") from error
 
 
 def push(output: Path, repo_id: str, private: bool = False) -> str:
@@ -192,26 +193,25 @@ def push(output: Path, repo_id: str, private: bool = False) -> str:
 
     Raises:
         ValueError: if the folder has not been published.
-        ConnectionError: if the Hub refuses it or can't be reached. The folder stays as it is.
+        HubError: if the Hub refuses it or can't be reached. The folder stays as it is.
     """
     if not (output / "README.md").is_file():
         raise ValueError(f"{output} is not published yet: run `python -m dataset_builder publish --output {output}`.")
-    api = HfApi()
+    again = f"To push it again, run `python -m dataset_builder publish --output {output} --push_to_hub {repo_id}`."
     try:
-        repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-        return api.upload_folder(
-            repo_id=repo_id,
-            repo_type="dataset",
-            folder_path=output,
-            allow_patterns=list(PUBLISHED),
-            delete_patterns=["data/*.parquet"],
-            commit_message="Publish dataset",
-        ).commit_url
-    except Exception as error:  # see `check_login`
-        raise ConnectionError(
-            f"Pushing to {repo_id} failed: {error} The dataset is in {output}; to push it again, run "
-            f"`python -m dataset_builder publish --output {output} --push_to_hub {repo_id}`."
-        ) from error
+        repo_id = HfApi().create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+    except Exception as error:
+        raise HubError(f"Can't make {repo_id} on the Hub: {explain(error)[0]} {again}") from error
+    return upload(
+        output,
+        repo_id,
+        "Publish dataset",
+        again,
+        repo_type="dataset",
+        patterns=PUBLISHED,
+        ignored=(),
+        delete_patterns=["data/*.parquet"],
+    ).commit_url
 
 
 def check_published(folder: Path) -> tuple[int, list[str]]:

@@ -123,6 +123,7 @@ def upload(
     again: str,
     repo_type: str = "model",
     patterns: Sequence[str] = PUBLISHED,
+    ignored: Sequence[str] = NEVER,
     token: str | None = None,
     revision: str | None = None,
     api: HfApi | None = None,
@@ -135,7 +136,7 @@ def upload(
     Args:
         folder (`Path`), repo_id (`str`), message (`str`): what goes where, and the commit's message.
         again (`str`): how to do it once more, for the error.
-        patterns (`Sequence[str]`): names of files to send.
+        patterns, ignored (`Sequence[str]`): names of files to send, and of those not to.
         tell (`Callable`): told of each failed attempt.
         max_attempts (`int`): waits double from 1 second on.
         options: of `HfApi.upload_folder`.
@@ -153,7 +154,7 @@ def upload(
                 repo_type=repo_type,
                 folder_path=folder,
                 allow_patterns=list(patterns),
-                ignore_patterns=list(NEVER),
+                ignore_patterns=list(ignored),
                 commit_message=message,
                 parent_commit=head,
                 revision=revision,

@@ -13,9 +13,21 @@
 # limitations under the License.
 """Configuration of a STORMS model: Qwen2.5-VL plus a latent mode and optional visual token reduction."""
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen2_5_VLConfig
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
+
+OLDEST_TRANSFORMERS = (5, 23)
+# The configuration is what every Auto class loads first, so this is said before anything else can fail.
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST_TRANSFORMERS:
+    logger.warning_once(
+        f"STORMS needs transformers {OLDEST_TRANSFORMERS[0]}.{OLDEST_TRANSFORMERS[1]} or newer, found "
+        f"{transformers.__version__}: it may fail, or answer wrongly. Run `pip install --upgrade transformers`."
+    )
 
 AUTO_MAP = {
     "AutoConfig": "configuration_storms.StormsConfig",

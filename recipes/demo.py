@@ -93,38 +93,21 @@ def answer(model_name: str, video: str, question: str, num_frames: int, max_new_
         in seconds, and `similarity` `(num_slots, num_grid_steps)`: cosine between each slot's state and the mean
         visual token of each grid step, as the language model receives them.
     """
-    import torch
-    from transformers import AutoModel, AutoProcessor
+    # A script's folder is on the path, and `recipes` can't be imported here.
+    from demo_app import answer as answers
+    from demo_app import check_model, load_checkpoint, prepare, slot_similarity, step_features
 
-    model = AutoModel.from_pretrained(model_name, trust_remote_code=True, dtype="auto").eval()
-    processor = AutoProcessor.from_pretrained(model_name, trust_remote_code=True)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    messages = [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": question}]}]
-    inputs = processor.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"num_frames": num_frames, "return_metadata": True},
-    )
-    metadata = inputs.pop("video_metadata")[0]
-    inputs = inputs.to(model.device)
-    out = model.generate(**inputs, max_new_tokens=max_new_tokens, latent_mode="force", return_dict_in_generate=True)
-    new_ids = out.sequences[0, inputs["input_ids"].shape[1] :]
-    with torch.no_grad():
-        features = model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True)
-    steps = features.pooler_output[0].unflatten(0, (int(inputs["video_grid_thw"][0, 0]), -1)).mean(1)
-    similarity = torch.cosine_similarity(out.latent_states[0][:, None].float(), steps[None].float(), dim=-1)
-    if len(similarity) == 0:
-        raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a slot. Give at least 10.")
+    check_model(model_name)
+    model, processor = load_checkpoint(model_name)
+    inputs, _, seconds = prepare(processor, video, question, num_frames)
+    *_, result = answers(model, processor, inputs, max_new_tokens, "force")
     return {
-        "answer": processor.decode(new_ids, skip_special_tokens=True),
+        "answer": result.text,
         "loaded_class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "latent_length": int(out.latent_lengths[0]),
-        "latent_stop_reason": out.latent_stop_reasons[0],
-        "frame_seconds": [float(seconds) for seconds in metadata.timestamps],
-        "similarity": similarity.tolist(),
+        "latent_length": len(result.states),
+        "latent_stop_reason": result.stop_reason,
+        "frame_seconds": seconds,
+        "similarity": slot_similarity(result.states, step_features(model, inputs)).tolist(),
     }
 
 
@@ -144,6 +127,7 @@ def plot(rows: dict[str, dict[str, Any]], result: dict[str, Any], frames: np.nda
 
     from dataset_builder.stages import segment_sampler
     from modeling_storms import decode_video
+    from recipes.demo_app import step_frames
 
     columns = 10
     figure = plt.figure(figsize=(14, 9), layout="constrained")
@@ -161,8 +145,8 @@ def plot(rows: dict[str, dict[str, Any]], result: dict[str, Any], frames: np.nda
     similarity = np.array(result["similarity"])
     num_steps = similarity.shape[1]
     shown = np.linspace(0, num_steps - 1, min(num_steps, columns)).round().astype(int)
-    # A temporal grid step holds two frames.
-    frame_idx = [min(int(step * len(frames) / num_steps), len(frames) - 1) for step in shown]
+    first = step_frames(len(frames), num_steps)
+    frame_idx = [first[step] for step in shown]
     grid = parts[2].add_gridspec(2, len(shown), height_ratios=[1, 1.6])
     axes = [parts[2].add_subplot(grid[0, column]) for column in range(len(shown))]
     _strip(
@@ -210,7 +194,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_steps", type=int, default=40, help="steps of each stage (default: %(default)s)")
     parser.add_argument("--output", default="demo_output", help="folder for datasets, checkpoint and picture")
     parser.add_argument("--num_frames", type=int, default=16, help="frames to sample (default: %(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, default=24, help="length of block and answer together")
+    parser.add_argument("--max_new_tokens", type=int, default=24, help="longest answer, without its block")
     parser.add_argument("--load-only", metavar="RESULT", help=argparse.SUPPRESS)
     return parser.parse_args()
 
