@@ -202,6 +202,8 @@ def push(output: Path, repo_id: str, private: bool = False) -> str:
         repo_id = HfApi().create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
     except Exception as error:
         raise HubError(f"Can't make {repo_id} on the Hub: {explain(error)[0]} {again}") from error
+    card = (output / "README.md").read_text(encoding="utf-8")
+    (output / "README.md").write_text(card.replace('"path/or/name"', f'"{repo_id}"'), encoding="utf-8")
     return upload(
         output,
         repo_id,

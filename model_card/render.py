@@ -11,6 +11,19 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 
 TEMPLATES = Path(__file__).parent
 TITLE = "STORMS thought videos"
+CITATION = """\
+@misc{storms2026,
+  title = {Internalized Modeling for Spatial-Temporal Reasoning in Video-Language Models},
+  year = {2026},
+  eprint = {2605.26014},
+  archivePrefix = {arXiv},
+}
+@misc{storm2025,
+  title = {Token-Efficient Long Video Understanding for Multimodal LLMs},
+  year = {2025},
+  eprint = {2503.04130},
+  archivePrefix = {arXiv},
+}"""
 # Identifiers that the Hub knows, of those that datasets of videos carry; any other becomes "other", with its name.
 HUB_LICENSES = frozenset(
     (
@@ -70,6 +83,7 @@ def render_dataset_card(
         source=json.dumps(ledger["source"], sort_keys=True),
         sizes=sizes,
         stages={name: json.dumps(settings, sort_keys=True) for name, settings in ledger["stages"].items()},
+        citation=CITATION,
         is_simulated=set(ledger["licenses"]) == {"simulated"},
     )
     return str(card)
@@ -167,6 +181,7 @@ def render_model_card(
         stage=stage,
         stages=STAGES,
         results=results,
+        citation=CITATION,
     )
     return str(card)
 

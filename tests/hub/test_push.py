@@ -85,6 +85,7 @@ def test_a_pushed_dataset_loads_by_name_and_streams(run, tmp_path):
     data = {f"data/{path.name}" for path in (tmp_path / "out" / "data").iterdir()}
     assert set(files) == {"README.md", "ledger.json", *data}
     assert files["README.md"] == (tmp_path / "out" / "README.md").read_bytes()
+    assert 'load_dataset("org/thoughts")' in files["README.md"].decode()
     done = call("-c", READER, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "{'train': 8, 'validation': 1, 'test': 1} simulated-bounce-1-train-00000"
