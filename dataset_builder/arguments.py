@@ -58,6 +58,9 @@ class SourceArguments:
     dials: list[str] = field(
         default_factory=list, metadata={"help": "Difficulty of worlds, as world.dial=value: shell_game.num_cups=4."}
     )
+    shuffle_options: bool = _option(
+        True, "Options of simulated rows in a random order; false: in the world's own, such as left, middle, right."
+    )
     questions: str | None = _option(
         None,
         "Questions of a real source: Video-R1's JSON, a .jsonl or a .csv. Default: questions.* in the folder.",
@@ -102,7 +105,8 @@ class SourceArguments:
     @property
     def public(self) -> dict[str, Any]:
         """What the source was asked for, without paths of this machine and without what does not apply."""
-        names = ["source", "num_rows", "seed"] + (["world", "dials"] if self.source == "simulated" else ["license"])
+        simulated = ["world", "dials", "shuffle_options"]
+        names = ["source", "num_rows", "seed"] + (simulated if self.source == "simulated" else ["license"])
         return {**{name: getattr(self, name) for name in names}, "splits": self.fractions}
 
     @property

@@ -2,11 +2,13 @@
 
 import copy
 import json
+import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 from trl import SFTTrainer
 
-from model_card.push import HubError, explain, upload
+from model_card.push import HubError, explain, published_files, upload
 from model_card.render import public_name, render_model_card
 
 from .answers import answer_rows
@@ -425,12 +427,18 @@ class StormsTrainer(SFTTrainer):
             return  # the next checkpoint will do
         self._finish_current_push()
         output, folder = Path(self.args.output_dir), Path(checkpoint_folder)
-        # A copy, as the checkpoint may be deleted while it is on its way.
-        for path in [*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")]:
-            shutil.copy(path, output / path.name)
+        # What is on its way must stay as it is: the next save writes a card, and old checkpoints are deleted.
+        staging = output / "_push"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        for path in [*published_files(output), *folder.glob("model*.safetensors*")]:
+            if path.parent == folder or not path.name.startswith("model"):
+                (_link if path.parent == folder else shutil.copy)(path, staging / path.name)
         step = self.state.global_step
-        job = HfApi().run_as_future(self._upload, f"Training in progress, step {step}", f"Step {step} is in {folder}.")
-        job.add_done_callback(_tell_failure)
+        job = HfApi().run_as_future(
+            self._upload, staging, f"Training in progress, step {step}", f"Step {step} is in {folder}."
+        )
+        job.add_done_callback(partial(_after_push, staging))
         self.push_in_progress = PushInProgress([job])
 
     def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> Any:
@@ -450,11 +458,12 @@ class StormsTrainer(SFTTrainer):
             return None
         self._finish_current_push()
         command = f"python -m model_card push --checkpoint {self.args.output_dir} --repo {self.hub_model_id}"
-        return self._upload(message, f"It holds the trained model; push it by `{command}`.")
+        again = f"It holds the trained model; push it by `{command}`."
+        return self._upload(Path(self.args.output_dir), message, again)
 
-    def _upload(self, message: str, again: str) -> Any:
+    def _upload(self, folder: Path, message: str, again: str) -> Any:
         return upload(
-            Path(self.args.output_dir),
+            folder,
             self.hub_model_id,
             message,
             again,
@@ -520,7 +529,16 @@ class StormsTrainer(SFTTrainer):
         self.end()
 
 
-def _tell_failure(job: Any) -> None:
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file that nobody will write to again, or a copy where that can't be."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
+
+
+def _after_push(staging: Path, job: Any) -> None:
+    shutil.rmtree(staging, ignore_errors=True)
     if (error := job.exception()) is not None:
         logger.warning(f"{error} Training goes on, and the next checkpoint will be pushed.")
 

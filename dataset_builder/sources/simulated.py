@@ -34,6 +34,7 @@ def list_rows(
     seed: int,
     split_fractions: Mapping[str, float],
     dials: Mapping[str, Mapping[str, Any]] | None = None,
+    shuffle_options: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """List rows, worlds in turn and splits one after another, without rendering anything.
 
@@ -49,6 +50,8 @@ def list_rows(
             `{"train": 0.8, "validation": 0.1, "test": 0.1}`; whole rows go to the largest remainders.
         dials (`Mapping[str, Mapping]`, *optional*): values by world that differ from the world's defaults, for example
             `{"shell_game": {"num_swaps": 6}}`.
+        shuffle_options (`bool`): False keeps each world's own order, for example left, middle, right: a letter then
+            always means the same, and which option is where need not be read.
     Returns:
         An iterator over rows: the contract's columns that a source knows, `split`, `scene`, `source_plan` and
         `video_stat`.
@@ -63,21 +66,23 @@ def list_rows(
     dials = dials or {}
     made = {name: _make_world(name, dials.get(name, {})) for name in (*worlds, *dials)}
     split_sizes = _split_sizes(num_rows, split_fractions)
-    return _rows([made[name] for name in worlds], seed, split_sizes)
+    return _rows([made[name] for name in worlds], seed, split_sizes, shuffle_options)
 
 
-def _rows(worlds: Sequence[World], seed: int, split_sizes: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+def _rows(
+    worlds: Sequence[World], seed: int, split_sizes: Mapping[str, int], shuffle_options: bool
+) -> Iterator[dict[str, Any]]:
     row_idx = 0
     for split, size in split_sizes.items():
         indices: Counter[str] = Counter()
         for _ in range(size):
             world = worlds[row_idx % len(worlds)]
-            yield _row(world, seed, split, indices[world.name])
+            yield _row(world, seed, split, indices[world.name], shuffle_options)
             indices[world.name] += 1
             row_idx += 1
 
 
-def _row(world: World, seed: int, split: str, index: int) -> dict[str, Any]:
+def _row(world: World, seed: int, split: str, index: int, shuffle_options: bool) -> dict[str, Any]:
     answer_idx, letter_idx = _balanced_answer(world, seed, split, index)
     scene_json = json.dumps(
         {
@@ -91,11 +96,13 @@ def _row(world: World, seed: int, split: str, index: int) -> dict[str, Any]:
         sort_keys=True,
     )
     scene = scene_of(scene_json)
-    rng = _make_rng(seed, world.name, split, index, "options")
-    options = [
-        str(option) for option in rng.permutation([*scene.options[:answer_idx], *scene.options[answer_idx + 1 :]])
-    ]
-    options.insert(letter_idx, scene.options[answer_idx])
+    options = list(scene.options)
+    if shuffle_options:
+        wrong = [*scene.options[:answer_idx], *scene.options[answer_idx + 1 :]]
+        options = [str(one) for one in _make_rng(seed, world.name, split, index, "options").permutation(wrong)]
+        options.insert(letter_idx, scene.options[answer_idx])
+    else:
+        letter_idx = answer_idx
     row_id = f"simulated-{world.name}-{seed}-{split}-{index:05d}"
     return {
         "id": row_id,

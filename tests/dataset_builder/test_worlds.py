@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset_builder.schema import check_columns
+from dataset_builder.schema import LETTERS, check_columns
 from dataset_builder.sources.simulated import list_rows, scene_of
 from dataset_builder.sources.worlds import COLORS, WORLDS, Bounce, Collide, Order, ShellGame, Speed
 
@@ -67,6 +67,22 @@ def test_letters_and_answers_are_balanced_within_one_in_every_split(world, num_r
             seen = [counts[name] for name in names]
             assert sum(seen) == len(chosen)
             assert max(seen) - min(seen) <= 1
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_options_in_the_worlds_own_order_are_the_same_rows(world):
+    shuffled, kept = (
+        list(list_rows([world], 24, 5, {"train": 1.0}, shuffle_options=is_shuffled)) for is_shuffled in (True, False)
+    )
+    for row, other in zip(shuffled, kept, strict=True):
+        scene = scene_of(other["scene"])
+        assert other["options"] == list(scene.options)
+        assert sorted(row["options"]) == sorted(other["options"])
+        right = [one["options"][LETTERS.index(one["answer"])] for one in (row, other)]
+        assert right == [scene.options[scene.answer_idx]] * 2
+        assert {name: row[name] for name in row if name not in ("options", "answer")} == {
+            name: other[name] for name in other if name not in ("options", "answer")
+        }
 
 
 @pytest.mark.parametrize("world", WORLDS)
