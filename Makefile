@@ -16,11 +16,14 @@ app: $(VENV)/ready ## make app MODEL=folder or Hub id [ARGS="--help"]: a page to
 gate: $(VENV)/ready ## train a tiny model that learns, and put its latents on trial (minutes on one core)
 	$(BIN)/python -m recipes.experiments.gate $(ARGS)
 
+# Two processes, or four where there are more cores: each takes about 2 GB.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 test: $(VENV)/ready ## everything but tests marked slow or gpu
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-all: $(VENV)/ready ## slow tests too
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(PYTEST) -m "not gpu" $(ARGS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -1,10 +1,15 @@
 """Tiny models, prompts and clips shared by all tests. Nothing is downloaded."""
 
 import os
+import tempfile
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each process keeps the remote code that it loads for itself: names of folders repeat.
+    modules = f"storms-modules-{os.environ['PYTEST_XDIST_TESTRUNUID']}-{os.environ['PYTEST_XDIST_WORKER']}"
+    os.environ["HF_MODULES_CACHE"] = os.path.join(tempfile.gettempdir(), modules)
 
 import copy
 import math
