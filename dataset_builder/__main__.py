@@ -93,8 +93,10 @@ def list_source(source: SourceArguments, staging: Staging) -> tuple[list[dict[st
                     f"--dials {text!r}: expected world.dial=value, as in shell_game.num_cups=4."
                 ) from error
         worlds = list(WORLDS) if source.world == ["all"] else source.world
-        rows = list_simulated(worlds, source.num_rows, source.seed, source.fractions, dials, source.shuffle_options)
-        return list(rows), [], "."
+        simulated = list_simulated(
+            worlds, source.num_rows, source.seed, source.fractions, dials, source.shuffle_options
+        )
+        return list(simulated), [], "."
     assert source.video_root is not None
     assert source.questions is not None
     lines = Path(source.exclude_videos).read_text(encoding="utf-8-sig").splitlines() if source.exclude_videos else []
