@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
-from model_card.push import HubError, explain, upload
+from model_card.push import HubError, explain, upload, write_whole
 from model_card.render import render_dataset_card
 from modeling_storms.video_storms import VideoDecodeError, decode_video
 
@@ -203,7 +203,7 @@ def push(output: Path, repo_id: str, private: bool = False) -> str:
     except Exception as error:
         raise HubError(f"Can't make {repo_id} on the Hub: {explain(error)[0]} {again}") from error
     card = (output / "README.md").read_text(encoding="utf-8")
-    (output / "README.md").write_text(card.replace('"path/or/name"', f'"{repo_id}"'), encoding="utf-8")
+    write_whole(output / "README.md", card.replace('"path/or/name"', f'"{repo_id}"'))
     return upload(
         output,
         repo_id,

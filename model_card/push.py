@@ -258,8 +258,17 @@ def push(arguments: PushArguments, api: HfApi | None = None) -> str:
 
 
 def _write_card(folder: Path, repo_id: str, record: Any, results: Any, license: str | None) -> None:
-    card = render_model_card(repo_id, record, results, license)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_whole(folder / "README.md", render_model_card(repo_id, record, results, license))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, or leave it as it was: on a full disk, too."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _license_of(record: dict[str, Any], api: HfApi) -> str | None:

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 from trl import SFTTrainer
 
-from model_card.push import HubError, explain, published_files, upload
+from model_card.push import HubError, explain, published_files, upload, write_whole
 from model_card.render import public_name, render_model_card
 
 from .answers import answer_rows
@@ -507,9 +507,9 @@ class StormsTrainer(SFTTrainer):
             "metrics": metrics,
             "earlier": self.earlier,
         }
-        (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_whole(output / "training.json", json.dumps(record, indent=2) + "\n")
         card = render_model_card(self.hub_model_id or output.resolve().name, record)
-        (output / "README.md").write_text(card, encoding="utf-8")
+        write_whole(output / "README.md", card)
 
     def _hours(self) -> float | None:
         """Wall time of the training that has ended; of a resumed one it would only be the last part."""

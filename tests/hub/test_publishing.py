@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -139,6 +140,18 @@ class TestWhatIsSent:
         hub.commits["org/storms-tiny"][0][1].update(old)
         send(folder, hub)
         assert set(old) & set(hub.tree("org/storms-tiny")[1]) == {"assets/picture.png"}
+
+    def test_a_full_disk_leaves_the_card_as_it_was(self, folder, hub):
+        before = (folder / "README.md").read_bytes()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                send(folder, hub, dry_run=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert (folder / "README.md").read_bytes() == before
+        assert not list(folder.glob(".*.part"))
 
     def test_a_dry_run_asks_nobody(self, folder, hub):
         assert send(folder, hub, dry_run=True) == ""

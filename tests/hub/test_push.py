@@ -78,8 +78,10 @@ def test_a_pushed_checkpoint_loads_by_name(run, tmp_path, clip):
 def test_a_pushed_dataset_loads_by_name_and_streams(run, tmp_path):
     hub, call = run
     flags = ["--num_rows", 10, "--seed", 1, "--output", tmp_path / "out", "--push_to_hub", "org/thoughts"]
+    hub.fail(500, "POST .*/commit/", times=1)
     pushed = call("-m", "dataset_builder", "build", "--world", "bounce", *flags)
     assert pushed.returncode == 0, pushed.stdout + pushed.stderr
+    assert "the Hub has an error of its own. Trying again in 1 s" in pushed.stdout
     assert "Pushed    " in pushed.stdout
     _, files = hub.tree("datasets/org/thoughts")
     data = {f"data/{path.name}" for path in (tmp_path / "out" / "data").iterdir()}
