@@ -411,14 +411,6 @@ class StormsTrainer(SFTTrainer):
                 + "make room, and the same command with --resume_from_checkpoint last goes on."
             ) from error
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        try:
-            super().init_hf_repo(token, private)
-        except Exception as error:
-            raise HubError(
-                f"Can't make {self.args.hub_model_id} on the Hub: {explain(error)[0]} Nothing was trained yet."
-            ) from error
-
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push while training goes on: as transformers', but only what belongs on the Hub, and failures are told."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
@@ -431,9 +423,11 @@ class StormsTrainer(SFTTrainer):
         staging = output / "_push"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        for path in [*published_files(output), *folder.glob("model*.safetensors*")]:
-            if path.parent == folder or not path.name.startswith("model"):
-                (_link if path.parent == folder else shutil.copy)(path, staging / path.name)
+        for path in published_files(output):
+            if ".safetensors" not in path.name:
+                shutil.copy(path, staging / path.name)
+        for path in folder.glob("model*.safetensors*"):
+            _link(path, staging / path.name)
         step = self.state.global_step
         job = HfApi().run_as_future(
             self._upload, staging, f"Training in progress, step {step}", f"Step {step} is in {folder}."
@@ -556,6 +550,17 @@ def _mix(value: Any) -> Any:
     return value ^ (value >> 16)
 
 
+def _make_repository(training: StormsTrainingArguments) -> None:
+    """Before anything is loaded: a wrong token or name should not cost a training."""
+    name = training.hub_model_id or Path(training.output_dir).resolve().name
+    try:
+        HfApi().create_repo(name, token=training.hub_token, private=training.hub_private_repo, exist_ok=True)
+    except Exception as error:
+        raise SystemExit(
+            f"Error: Can't make {name} on the Hub: {explain(error)[0]} Nothing was trained yet."
+        ) from error
+
+
 def run(stage: str, description: str | None, argv: Sequence[str] | None = None) -> StormsTrainer:
     """What each script does: parse, load model and data, train, save, push.
 
@@ -565,6 +570,8 @@ def run(stage: str, description: str | None, argv: Sequence[str] | None = None) 
         argv (`Sequence[str]`, *optional*): flags, those of the command line by default.
     """
     data, training, model_arguments = parse_arguments(stage, description, argv)
+    if training.push_to_hub and training.process_index == 0:
+        _make_repository(training)
     if stage == "sft":
         training.latent_size = None  # without blocks, the checkpoint keeps the K it has
     model, processor = load_model(model_arguments, training, data)

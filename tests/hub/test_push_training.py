@@ -156,7 +156,7 @@ def test_a_token_revoked_in_mid_training_costs_no_checkpoint(hub, tmp_path):
 
     refused = hub.call(*command(output))
     assert refused.returncode != 0
-    assert "Can't make org/storms-tiny on the Hub: status 401" in refused.stderr
+    assert "Can't make org/storms-tiny on the Hub: status 401" in refused.stderr, refused.stderr
     assert "Nothing was trained yet." in refused.stderr
 
     hub.tokens = set(TOKENS.values())
