@@ -126,6 +126,8 @@ def check_results(results: Any, name: str) -> list[dict[str, Any]]:
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{name} has no list `results`, expected a JSON file that `python -m evaluation` wrote.")
     for number, entry in enumerate(entries):
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"{name}: result {number} is {entry!r}, expected an object.")
         wrong = [one for one, kind in RESULT_FIELDS.items() if not isinstance(entry.get(one), kind)]
         if wrong or not 0 <= entry["value"] <= 1 or entry["num_rows"] < 1:
             raise ValueError(

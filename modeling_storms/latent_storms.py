@@ -932,7 +932,8 @@ class LatentReasoningMixin(Backbone):
                 `"token"`: the model may end the block earlier with `<|latent_end|>`.
             max_latent_blocks (`int`, *optional*, defaults to 1): after that many no further block can be opened.
             latent_bottleneck (`bool`, *optional*, defaults to `False`): the video reaches the answer only through
-                the slots, as in training.
+                the slots, as in training; the default of checkpoints that were trained so on every row. Without blocks
+                (`"off"`) such a default is ignored.
             latent_intervention (`Callable`, *optional*): `(states (num_rows, hidden_size), slot_index (num_rows,)) ->
                 states`, called once for each slot with the rows that are about to be fed one, in batch order;
                 `slot_index` counts from 0 in each block. What it returns is fed and reported.
@@ -950,10 +951,13 @@ class LatentReasoningMixin(Backbone):
         tokens = self.latent_tokens
         # A keyword wins over the generation config given, and that over the model's own.
         chosen: dict[str, Any] = {"latent_size": getattr(self.config, "latent_size", LatentOptions.latent_size)}
+        asks_bottleneck = kwargs.get("latent_bottleneck")
         for name in LatentOptions.__dataclass_fields__:
             given = [kwargs.pop(name, None)]
             given += [getattr(config, name, None) for config in (generation_config, self.generation_config)]
             chosen.update((name, value) for value in reversed(given) if value is not None)
+        if chosen.get("latent_mode") == "off" and not asks_bottleneck:
+            chosen["latent_bottleneck"] = False  # a checkpoint's default is about blocks, and here there are none
         options = LatentOptions(**chosen)
         if latent_intervention is not None and (options.latent_mode == "off" or not callable(latent_intervention)):
             raise ValueError(

@@ -56,6 +56,13 @@ class InitArguments:
     seed: int = field(
         default=0, metadata={"help": "Seed of the new tokens' embeddings, and of the weights of --tiny."}
     )
+    markers_as_newline: bool = field(
+        default=False,
+        metadata={
+            "help": "Embed <|latent_start|> and <|latent_end|> like the newline that ends a prompt, where the base "
+            "answers; not for models with tied embeddings."
+        },
+    )
     push_to_hub: str | None = field(default=None, metadata={"help": "Also upload the folder to this Hub repository."})
     private: bool = field(default=False, metadata={"help": "Create the Hub repository as private."})
 
@@ -205,6 +212,28 @@ def convert(
     return model.eval(), storms_processor
 
 
+def embed_markers_as_newline(model: StormsForConditionalGeneration, processor: StormsProcessor) -> None:
+    """Give `<|latent_start|>` and `<|latent_end|>` the input embedding of the newline that ends a prompt, in place.
+
+    What the base would answer, it predicts at that newline. Embedded like it, the first position of a block comes to
+    much the same state, and that fills the first slot; embedded as an average, it must learn to see once more
+    (LOG.md, the gate).
+
+    Raises:
+        ValueError: if input and output embeddings are tied: each newline of a text would be as likely to open a block.
+    """
+    embeddings = model.get_input_embeddings().weight
+    if embeddings is model.get_output_embeddings().weight:
+        raise ValueError(
+            "The model ties its input and output embeddings, so that markers embedded as a newline would also be "
+            "emitted like one. Leave --markers_as_newline out."
+        )
+    newline = processor.tokenizer("\n")["input_ids"][-1]
+    tokens = model.latent_tokens
+    with torch.no_grad():
+        embeddings[[tokens.start, tokens.end]] = embeddings[newline].clone()
+
+
 def init_checkpoint(arguments: InitArguments) -> Path:
     """Write the checkpoint folder; nothing half-written is left behind.
 
@@ -244,6 +273,8 @@ def init_checkpoint(arguments: InitArguments) -> Path:
             )
         processor = AutoProcessor.from_pretrained(arguments.base, revision=arguments.revision)
     model, processor = convert(base, processor, arguments.latent_size, arguments.seed)
+    if arguments.markers_as_newline:
+        embed_markers_as_newline(model, processor)
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = output.parent / f".{output.name}.{os.getpid()}"
     try:

@@ -418,6 +418,7 @@ class StormsTrainer(SFTTrainer):
         if self.push_in_progress is not None and not self.push_in_progress.is_done() and not self.args.hub_always_push:
             return  # the next checkpoint will do
         self._finish_current_push()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         output, folder = Path(self.args.output_dir), Path(checkpoint_folder)
         # What is on its way must stay as it is: the next save writes a card, and old checkpoints are deleted.
         staging = output / "_push"
@@ -451,6 +452,7 @@ class StormsTrainer(SFTTrainer):
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         command = f"python -m model_card push --checkpoint {self.args.output_dir} --repo {self.hub_model_id}"
         again = f"It holds the trained model; push it by `{command}`."
         return self._upload(Path(self.args.output_dir), message, again)
@@ -575,6 +577,9 @@ def run(stage: str, description: str | None, argv: Sequence[str] | None = None) 
     if stage == "sft":
         training.latent_size = None  # without blocks, the checkpoint keeps the K it has
     model, processor = load_model(model_arguments, training, data)
+    if stage != "sft":
+        # Inference does what training did: on rows that never saw the video past the slots, it should not begin to.
+        model.generation_config.latent_bottleneck = training.latent_bottleneck == 1
     settings = target_settings(model, processor, training) if stage == "stage1" else None
     train_dataset, eval_dataset = load_data(data, training, stage, settings)
     if isinstance(train_dataset, IterableDataset):

@@ -2,9 +2,10 @@
 
     python -m recipes.experiments.perception --num_rows 1000 --num_swaps 1 --output perception
 
-Writes a dataset of three splits for `recipes/sft.py`. `see` asks about scenes of the shell game whose ball is in
-sight, and which cup stays in place, in words; `choose` adds letters, and texts that need no video; `follow` asks where
-a named cup ends. None asks what the shell game asks: where a ball ends that was seen at the start only.
+Writes a dataset of four splits for `recipes/sft.py`, to be taught one after another. `see` asks about scenes of the
+shell game whose ball is in sight, and which cup stays in place, in words; `choose` adds letters, and texts without a
+video; `follow` asks where a named cup ends; `letters` is what of it needs letters most. None asks what the shell game
+asks: where a ball ends that was seen at the start only.
 """
 
 import json
@@ -46,6 +47,7 @@ SPLITS = {
     "see": ("still", "seen", "start"),
     "choose": ("still", "seen", "start", "start, choice", "text"),
     "follow": ("still", "seen", "start", "start, choice", "follow", "follow, choice"),
+    "letters": ("start, choice", "follow", "follow, choice"),
 }
 
 

@@ -118,7 +118,7 @@ class TestWhatIsSent:
             "org/storms-thought-videos",
             200,
         )
-        assert "| Shell game | 62.5 | 3.4 |  | 200 |" in card.text
+        assert "| Shell game, accuracy | 62.5 | 3.4 |  | 200 |" in card.text
         assert RESULT["command"] in card.text
 
     def test_without_results_there_is_no_model_index(self, folder, hub):

@@ -123,7 +123,7 @@ def test_every_snippet_runs_as_it_stands(reader):
 
     assert {"org/storms-7b", "datasets/org/name", "spaces/org/storms-demo"} <= set(hub.commits)
     assert list(hub.tags["org/storms-7b"]) == ["v1"]
-    assert "| Shell game | 62.5 |" in hub.tree("org/storms-7b")[1]["README.md"].decode()
+    assert "| Shell game, accuracy | 62.5 |" in hub.tree("org/storms-7b")[1]["README.md"].decode()
 
 
 def test_no_snippet_is_left_out():

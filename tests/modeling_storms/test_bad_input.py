@@ -93,6 +93,12 @@ class TestGenerate:
         with pytest.raises(ValueError, match=named):
             model.generate(**prompts("text"), max_new_tokens=3, **options)
 
+    def test_off_leaves_out_a_default_that_is_about_blocks(self, model, prompts):
+        asked = {"max_new_tokens": 3, "latent_mode": "off"}
+        expected = model.generate(**prompts("text", "video"), **asked)
+        model.generation_config.latent_bottleneck = True
+        assert torch.equal(model.generate(**prompts("text", "video"), **asked), expected)
+
     @pytest.mark.parametrize("mode", ["auto", "force", "off"])
     def test_continuous_batching(self, model, mode):
         model.generation_config.latent_mode = mode

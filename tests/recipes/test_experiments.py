@@ -1,6 +1,8 @@
 """The gate: its questions are right, its measurements mean what they say, and what it found is shown."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,7 +62,8 @@ def test_perception_questions_have_right_answers(perception):
             swap = int(row["question"].rstrip("?").split()[-1]) - 1
             assert answer == scene.options[3 - sum(scene.swaps[swap])]
     assert kinds == {"still", "seen", "start", "start, choice", "text", "follow", "follow, choice"}
-    assert {row["id"] for row in perception["see"]} < {row["id"] for row in perception["choose"]}
+    for part, whole in (("see", "choose"), ("letters", "follow")):
+        assert set(perception[part]["id"]) < set(perception[whole]["id"])
 
 
 def test_no_perception_question_is_the_task_itself(perception):
@@ -92,12 +95,12 @@ def test_a_row_given_its_own_states_answers_as_before(tmp_path):
 def test_the_gate_says_what_is_missing():
     found = {"num_rows": 250, "accuracy": 1.0, "parsed": 1.0, "full_blocks": 1.0, "full_blocks_latent_stop_token": 1.0}
     swapped = {"follows_donor": 0.8, "intact_gives_donors_answer": 0.0}
-    good = {"train": found, "validation": found, "interventions": {"default": swapped}}
+    good = {"train": found, "validation": found, "interventions": swapped}
     assert gate.shortfalls(good) == []
     bad = {
         "train": {**found, "accuracy": 0.9},
         "validation": {**found, "accuracy": 0.4, "full_blocks": 0.98},
-        "interventions": {"default": {**swapped, "follows_donor": 0.05}},
+        "interventions": {**swapped, "follows_donor": 0.05},
     }
     assert [one.split(":")[0] for one in gate.shortfalls(bad)] == [
         "accuracy on training rows",
@@ -105,6 +108,24 @@ def test_the_gate_says_what_is_missing():
         "blocks opened by itself and full",
         "donor's answer given with its latents",
     ]
+
+
+def test_the_gate_that_is_shown_was_passed():
+    results = json.loads((Path(gate.__file__).parent / "results" / "gate.json").read_text())
+    assert gate.shortfalls(results) == []
+    defaults = gate.GateArguments()
+    assert results["arguments"] == {name: getattr(defaults, name) for name in results["arguments"]}
+    readme = (Path(gate.__file__).parents[2] / "README.md").read_text()
+    for split, rows in (("train", "training rows"), ("validation", "held-out rows")):
+        one = results[split]
+        measured = [f"{100 * one[name]:.1f}%" for name in gate.SHOWN]
+        assert f"| {one['num_rows']} {rows} | {' | '.join(measured)} |" in readme
+    swapped = results["interventions"]
+    for name, shown in (("intact", "its own"), ("donor", "a donor's"), ("noise", "noise")):
+        followed = f"{100 * swapped['follows_donor']:.1f}%" if name == "donor" else ""
+        if name == "intact":
+            followed = f"{100 * swapped['intact_gives_donors_answer']:.1f}%"
+        assert f"| {shown} | {100 * swapped[name]:.1f}% | {followed} |" in readme
 
 
 def test_a_trained_model_opens_its_block_by_itself_and_answers(tmp_path):

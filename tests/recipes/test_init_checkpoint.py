@@ -141,6 +141,37 @@ def test_new_embeddings_are_average_and_distinct():
         torch.testing.assert_close(rows, mean + 0.01 * std * torch.randn(3, 64, generator=generator))  # by the seed
 
 
+def test_markers_as_newline_take_the_base_to_where_it_answers(tmp_path):
+    plain = init_checkpoint(InitArguments(output=str(tmp_path / "plain"), tiny=True))
+    output = init_checkpoint(InitArguments(output=str(tmp_path / "newline"), tiny=True, markers_as_newline=True))
+    processor = StormsProcessor.from_pretrained(output)
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": "What is it?"}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    model, before = (StormsForConditionalGeneration.from_pretrained(folder) for folder in (output, plain))
+    tokens, newline = model.latent_tokens, prompt["input_ids"][0, -1]
+    embeddings, expected = (one.get_input_embeddings().weight.detach().clone() for one in (model, before))
+    expected[[tokens.start, tokens.end]] = expected[newline]
+    assert torch.equal(embeddings, expected)
+    assert torch.equal(model.lm_head.weight, before.lm_head.weight)  # emitted no sooner than before
+
+
+def test_markers_as_newline_are_refused_where_they_would_be_emitted_like_one(tmp_path):
+    base, processor = build_tiny_base()
+    base.config.tie_word_embeddings = base.config.text_config.tie_word_embeddings = True
+    base.lm_head.weight = base.get_input_embeddings().weight
+    base.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    arguments = InitArguments(output=str(tmp_path / "out"), base=str(tmp_path / "base"), markers_as_newline=True)
+    with pytest.raises(ValueError, match="ties its input and output embeddings"):
+        init_checkpoint(arguments)
+    assert [one.name for one in tmp_path.iterdir()] == ["base"]
+
+
 def test_a_full_vocabulary_is_resized():
     base, processor = build_tiny_base()
     base.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)

@@ -625,7 +625,9 @@ class TestTrainedModel:
         assert "eval_accuracy" not in measured
 
 
-def test_without_pooling_a_checkpoint_generates_as_many_slots_as_its_first_row_has(tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize("bottleneck", [1, 0.5])
+def test_a_checkpoint_generates_as_it_was_trained(tiny_checkpoint, tmp_path, bottleneck):
+    """Without pooling, as many slots as its first row has; and under the bottleneck if every row was."""
     Dataset.from_list(make_rows(2)).to_parquet(tmp_path / "data" / "train.parquet")
     argv = ["--model_name_or_path", tiny_checkpoint, "--dataset_name", tmp_path / "data"]
     argv += [
@@ -633,6 +635,8 @@ def test_without_pooling_a_checkpoint_generates_as_many_slots_as_its_first_row_h
         tmp_path / "out",
         "--latent_size",
         "null",
+        "--latent_bottleneck",
+        bottleneck,
         "--max_steps",
         "1",
         "--use_cpu",
@@ -646,3 +650,4 @@ def test_without_pooling_a_checkpoint_generates_as_many_slots_as_its_first_row_h
     model = StormsForConditionalGeneration.from_pretrained(tmp_path / "out")
     tokens = 4  # a thought video of 2 frames is one step of 4 tokens
     assert model.config.latent_size == model.generation_config.latent_size == tokens
+    assert model.generation_config.latent_bottleneck is (bottleneck == 1)
