@@ -155,7 +155,7 @@ def test_markers_as_newline_take_the_base_to_where_it_answers(tmp_path):
     model, before = (StormsForConditionalGeneration.from_pretrained(folder) for folder in (output, plain))
     tokens, newline = model.latent_tokens, prompt["input_ids"][0, -1]
     embeddings, expected = (one.get_input_embeddings().weight.detach().clone() for one in (model, before))
-    expected[[tokens.start, tokens.end]] = expected[newline]
+    expected[[tokens.start, tokens.end]] = expected[newline].clone()
     assert torch.equal(embeddings, expected)
     assert torch.equal(model.lm_head.weight, before.lm_head.weight)  # emitted no sooner than before
 
