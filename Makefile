@@ -13,7 +13,7 @@ demo: $(VENV)/ready ## make demo [VIDEO=path] [MODEL=folder or Hub id] [QUESTION
 app: $(VENV)/ready ## make app MODEL=folder or Hub id [ARGS="--help"]: a page to ask it about videos
 	$(BIN)/python -m recipes.demo_app $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
-gate: $(VENV)/ready ## train a tiny model that learns, and put its latents on trial (minutes on one core)
+gate: $(VENV)/ready ## train a tiny model that learns, and put its latents on trial (about an hour on one core)
 	$(BIN)/python -m recipes.experiments.gate $(ARGS)
 
 # Two processes, or four where there are more cores: each takes about 2 GB.

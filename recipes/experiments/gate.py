@@ -32,8 +32,6 @@ from recipes.experiments.perception import SEEN, START, STILL, TOLD, PerceptionA
 from recipes.init_checkpoint import build_tiny_base, convert, embed_markers_as_newline
 
 
-# Figures of each split that the README shows.
-SHOWN = ("accuracy", "full_blocks", "full_blocks_latent_stop_token", "parsed")
 CONFIGS = Path(__file__).parents[1] / "configs" / "tiny"
 
 
