@@ -1015,7 +1015,10 @@ class LatentReasoningMixin(Backbone):
                 padded_right = input_ids[:, -1] == resolved.pad_token_id
         # Blocks that a cache still holds are fine: only what has to be run again is checked.
         cached = 0 if cache is None else int(cache.get_seq_length())
-        if cached >= input_ids.shape[1] or (attention_mask is not None and attention_mask.shape != input_ids.shape):
+        is_whole = cached < input_ids.shape[1] and (attention_mask is None or attention_mask.shape == input_ids.shape)
+        if options.latent_bottleneck and cached > 0:
+            self._check_bottleneck_cache(input_ids[:, :cached] if is_whole else None, attention_mask)
+        if not is_whole:
             cached = 0  # only the new ids were given
         latent = tokens.isin(input_ids[:, cached:])
         if options.latent_mode != "off":
@@ -1033,6 +1036,20 @@ class LatentReasoningMixin(Backbone):
             f"{cached + position}, but the hidden states of a block that is not in the cache are gone. Remove closed "
             "blocks from the chat history (StormsProcessor.batch_decode does); a prompt may only end in "
             "<|latent_start|>, and not with latent_mode='off'."
+        )
+
+    def _check_bottleneck_cache(self, cached_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+        """Refuse a cache whose keys may have seen what the bottleneck conceals."""
+        if cached_ids is not None:
+            blind, concealed = self._bottleneck_sight(cached_ids, torch.zeros_like(cached_ids, dtype=torch.bool))
+            if attention_mask is not None:
+                blind = blind & attention_mask[:, : cached_ids.shape[1]].bool()
+            if not (blind & (concealed.cumsum(1) > 0)).any():
+                return
+        raise ValueError(
+            "latent_bottleneck=True with past_key_values needs the ids of the whole prompt, and a cache that ends with "
+            "its last visual token: what follows was computed with the video in sight. Cache no more than that, or "
+            "leave past_key_values out."
         )
 
     def _prepare_generation_config(self, generation_config, latent_mode=None, **kwargs):
@@ -1139,10 +1156,8 @@ def _check_decoding(generation_config: GenerationConfig, kwargs: dict[str, Any],
         refused = "custom_generate (it may not feed states back)"
     elif options.latent_bottleneck and generation_config.prefill_chunk_size is not None:
         refused = "latent_bottleneck with prefill_chunk_size (the mask needs the whole prompt)"
-    elif options.latent_bottleneck and (
-        kwargs.get("past_key_values") is not None or kwargs.get("inputs_embeds") is not None
-    ):
-        refused = "latent_bottleneck with past_key_values or inputs_embeds (the mask needs the whole prompt's ids)"
+    elif options.latent_bottleneck and kwargs.get("inputs_embeds") is not None:
+        refused = "latent_bottleneck with inputs_embeds (the mask needs the whole prompt's ids)"
     if refused is not None:
         raise ValueError(
             f"latent_mode={options.latent_mode!r} does not work with {refused}. Drop it, or set latent_mode='off'."

@@ -16,6 +16,7 @@
 from typing import Any
 
 import torch
+from torch.nn.functional import adaptive_avg_pool1d
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from .configuration_storms import StormsConfig
@@ -56,6 +57,27 @@ class StormsForConditionalGeneration(LatentReasoningMixin, Qwen2_5_VLForConditio
             features = tower(pixel_values.to(tower.dtype), grid_thw=grid_thw, return_dict=True).pooler_output
         num_tokens = grid_thw.prod(-1) // tower.spatial_merge_size**2
         return features.split(num_tokens.tolist())
+
+
+def pool_thought_video(features: torch.Tensor, latent_size: int | None) -> torch.Tensor:
+    """Compress a thought video's visual tokens into one target per latent slot (STORMS, Sec. 3.3).
+
+    Args:
+        features (`torch.Tensor` of shape `(num_tokens, hidden_size)`): merged vision-tower tokens, frames in order.
+        latent_size (`int`, *optional*): number of targets; may exceed `num_tokens`. None: the tokens themselves.
+
+    Returns:
+        `torch.Tensor` of shape `(latent_size, hidden_size)`, float32, without gradient.
+
+    Raises:
+        ValueError: if `features` is empty: an average over nothing would train slots towards NaN.
+    """
+    if len(features) == 0:
+        raise ValueError("Got no tokens to pool, expected those of at least one frame. Leave the row out.")
+    features = features.detach().float()
+    if latent_size is None:
+        return features
+    return adaptive_avg_pool1d(features.T[None], latent_size)[0].T  # (T, H) -> (K, H)
 
 
 StormsForConditionalGeneration.register_for_auto_class("AutoModel")

@@ -4,6 +4,7 @@ import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,16 @@ from transformers.video_utils import VideoMetadata
 from trl.data_utils import prepare_multimodal_messages
 
 from dataset_builder.schema import LETTERS
-from evaluation.prompts import storms_prompt
+from evaluation.prompts import RESERVED, storms_prompt
+from evaluation.protocols import read_clip
 from modeling_storms import StormsProcessor
 from modeling_storms.processing_storms import LATENT_TOKENS
-from modeling_storms.video_storms import VideoDecodeError, decode_video
 
 
 IGNORED = -100
 MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
 TARGET_MEDIA = ("target_pixel_values", "target_grid_thw", "target_media_per_row")
 TARGET_COLUMNS = ("thought_video", "latent_targets")
-# Tokens that mark turns, media and blocks. In a row's text they would be taken for such.
-RESERVED = (
-    *LATENT_TOKENS,
-    *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>"),
-    *("<|image_pad|>", "<|video_pad|>"),
-)
 
 
 class RowError(ValueError):
@@ -362,33 +357,15 @@ class StormsCollator:
         return self._decode(source, name, None, row.get("video_start"), row.get("video_end"))
 
     def _decode(self, source, name, num_frames=None, start=None, end=None) -> tuple[np.ndarray, VideoMetadata]:
-        span: dict[str, Any] = {}
-
-        def choose(metadata):
-            times = metadata.frame_timestamps
-            first = int(np.searchsorted(times, (start or 0.0) - 1e-3))
-            last = int(np.searchsorted(times, np.inf if end is None else end - 1e-3))
-            if first >= last:
-                raise RowError(
-                    f"Row {name!r} asks for {start} to {end} seconds of a video of {metadata.duration:.1f} seconds."
-                )
-            span.update(first=first, total_num_frames=last - first)
-            part = VideoMetadata(total_num_frames=last - first, fps=metadata.fps)
-            sampler = self.processor.video_processor
-            if num_frames is not None:
-                return first + sampler.sample_frames(part, num_frames=num_frames, name=name)
+        sampler = self.processor.video_processor
+        if num_frames is not None:
+            options: dict[str, Any] = {"num_frames": num_frames}
+        else:
             options = {"num_frames": sampler.num_frames} if sampler.fps is None else {"fps": sampler.fps}
-            return first + sampler.sample_frames(part, **options, name=name)
-
         try:
-            frames, metadata = decode_video(source, choose)
-        except VideoDecodeError as error:
+            return read_clip(source, partial(sampler.sample_frames, name=name, **options), start, end)
+        except ValueError as error:
             raise RowError(f"Row {name!r}: {error}") from error
-        first, total = span["first"], span["total_num_frames"]
-        indices = [index - first for index in metadata.frames_indices]
-        return frames, VideoMetadata(
-            total_num_frames=total, fps=metadata.fps, duration=total / metadata.fps, frames_indices=indices
-        )
 
     # ------------------------------------------------------------------ targets
 

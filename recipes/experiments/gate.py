@@ -33,6 +33,8 @@ from recipes.init_checkpoint import build_tiny_base, convert, embed_markers_as_n
 
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "tiny"
+# Of a split's measurements, those the README shows.
+SHOWN = ("accuracy", "full_blocks", "full_blocks_latent_stop_token", "parsed")
 
 
 @dataclass

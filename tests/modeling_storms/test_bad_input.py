@@ -36,6 +36,25 @@ class TestGenerate:
         with pytest.raises(ValueError, match="hidden states of a block"):
             model.generate(input_ids=out.sequences, past_key_values=out.past_key_values, max_new_tokens=3)
 
+    def test_a_cache_that_saw_the_video_under_a_bottleneck(self, model, prompts):
+        inputs = prompts("video")
+        is_video = inputs["input_ids"][0] == model.config.video_token_id
+        last = int(is_video.nonzero()[-1])
+        media = {name: inputs[name] for name in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")}
+        options = {"max_new_tokens": 4, "latent_mode": "force", "latent_size": 2, "latent_bottleneck": True}
+        texts = {name: inputs[name] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+        for extra, is_refused in ((0, False), (1, True)):
+            part = {name: value[:, : last + 1 + extra] for name, value in texts.items()}
+            cache = model(**part, **media, use_cache=True).past_key_values
+            if is_refused:
+                with pytest.raises(ValueError, match="ends with its last visual token"):
+                    model.generate(**texts, past_key_values=cache, **options)
+            else:
+                model.generate(**texts, past_key_values=cache, **options)
+        cache = model(**part, **media, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="ids of the whole prompt"):
+            model.generate(input_ids=inputs["input_ids"][:, -3:], past_key_values=cache, **options)
+
     @pytest.mark.parametrize("mode", ["auto", "off"])
     @pytest.mark.parametrize("with_mask", [True, False])
     def test_a_batch_padded_on_the_right(self, model, mode, with_mask):

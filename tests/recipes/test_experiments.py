@@ -1,6 +1,8 @@
 """The gate: its questions are right, its measurements mean what they say, and what it found is shown."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +108,24 @@ def test_the_gate_says_what_is_missing():
         "blocks opened by itself and full",
         "donor's answer given with its latents",
     ]
+
+
+def test_the_gate_that_is_shown_was_passed():
+    results = json.loads((Path(gate.__file__).parent / "results" / "gate.json").read_text())
+    assert gate.shortfalls(results) == []
+    defaults = gate.GateArguments()
+    assert results["arguments"] == {name: getattr(defaults, name) for name in results["arguments"]}
+    readme = (Path(gate.__file__).parents[2] / "README.md").read_text()
+    for split, rows in (("train", "training rows"), ("validation", "held-out rows")):
+        one = results[split]
+        measured = [f"{100 * one[name]:.1f}%" for name in gate.SHOWN]
+        assert f"| {one['num_rows']} {rows} | {' | '.join(measured)} |" in readme
+    swapped = results["interventions"]
+    for name, shown in (("intact", "its own"), ("donor", "a donor's"), ("noise", "noise")):
+        followed = f"{100 * swapped['follows_donor']:.1f}%" if name == "donor" else ""
+        if name == "intact":
+            followed = f"{100 * swapped['intact_gives_donors_answer']:.1f}%"
+        assert f"| {shown} | {100 * swapped[name]:.1f}% | {followed} |" in readme
 
 
 def test_a_trained_model_opens_its_block_by_itself_and_answers(tmp_path):

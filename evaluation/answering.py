@@ -1,0 +1,360 @@
+"""Many questions about videos, answered in batches; the questions about one video share its encoded prefix.
+
+A prompt is `[system, video][question]`. The first part is the same for all questions about a video, so it runs once:
+vision tower and language model alike. Its keys and values are then copied to one row a question.
+"""
+
+import copy
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    DynamicCache,
+    Qwen2_5_VLProcessor,
+    StoppingCriteria,
+)
+
+from modeling_storms import StormsForConditionalGeneration, StormsProcessor, StormsVideoProcessor
+
+from .benchmarks.base import Question
+from .protocols import Protocol, read_clip
+
+
+MEDIA = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+
+
+def load_model(name: str, revision: str | None = None, dtype: str = "auto", attention: str | None = None) -> Any:
+    """A STORMS or plain Qwen2.5-VL checkpoint and its processor, on the GPU if there is one.
+
+    A plain checkpoint gets our video processor with its own settings: videos are decoded alike for both.
+
+    Returns:
+        `tuple` of the model in evaluation mode and the processor.
+
+    Raises:
+        ValueError: if it is another kind of model.
+        OSError: if there is no such folder or repository.
+    """
+    kind = AutoConfig.from_pretrained(name, revision=revision).model_type
+    if kind not in ("storms", "qwen2_5_vl"):
+        raise ValueError(f"--model {name} is a {kind!r} model, expected a STORMS or Qwen2.5-VL checkpoint.")
+    model_class = StormsForConditionalGeneration if kind == "storms" else AutoModelForImageTextToText
+    model = model_class.from_pretrained(name, revision=revision, dtype=dtype, attn_implementation=attention).eval()
+    if kind == "storms":
+        processor: Any = StormsProcessor.from_pretrained(name, revision=revision)
+    else:
+        plain: Any = AutoProcessor.from_pretrained(name, revision=revision)
+        settings = plain.video_processor.to_dict()
+        settings.pop("video_processor_type", None)
+        settings |= {"do_sample_frames": True, "num_frames": None, "cap_pixels_per_frame": True}
+        processor = Qwen2_5_VLProcessor(
+            plain.image_processor, plain.tokenizer, StormsVideoProcessor(**settings), chat_template=plain.chat_template
+        )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def checkpoint_stamp(name: str, model: Any) -> str | None:
+    """What tells a checkpoint from another one under the same name: a commit, or a hash of a folder's files' times."""
+    if not Path(name).is_dir():
+        return getattr(model.config, "_commit_hash", None)
+    files = [path for path in sorted(Path(name).iterdir()) if path.suffix in (".safetensors", ".bin", ".json")]
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
+
+@dataclass
+class Clip:
+    """A video as the model gets it, with the part of the prompt that stands before its end.
+
+    Args:
+        input_ids, mm_token_type_ids (`torch.Tensor` of shape `(length,)`): up to the video's last token.
+        media (`dict`): pixels, grid `(1, 3)` and seconds a grid step.
+        record (`dict`): what was really used: `num_frames`, `frame_times` in seconds, `frame_size`, `second_per_grid`,
+            `num_video_tokens`.
+    """
+
+    input_ids: torch.Tensor
+    mm_token_type_ids: torch.Tensor
+    media: dict[str, torch.Tensor]
+    record: dict[str, Any]
+
+
+def encode_clip(processor: Any, frames: np.ndarray, metadata: Any, size: Mapping[str, int], system: str = "") -> Clip:
+    """The prompt up to the end of the video.
+
+    Args:
+        frames (`np.ndarray` of shape `(num_frames, height, width, 3)`): uint8 RGB.
+        metadata (`VideoMetadata`): of the clip that they were sampled from.
+        size (`Mapping`): the video processor's pixel limits.
+        system (`str`): a system message; the chat template's own if empty.
+    """
+    text = _chat_text(processor, system, "")
+    text = text[: text.index(processor.video_token) + len(processor.video_token)]
+    encoded = processor(
+        text=[text],
+        videos=[frames],
+        video_metadata=[metadata],
+        do_sample_frames=False,
+        size=dict(size),
+        return_tensors="pt",
+    )
+    _, height, width = encoded["video_grid_thw"][0].tolist()
+    patch_size = processor.video_processor.patch_size
+    ids, types = encoded["input_ids"][0], encoded["mm_token_type_ids"][0]
+    record = {
+        "num_frames": len(frames),
+        "frame_times": [round(float(seconds), 3) for seconds in metadata.timestamps],
+        "frame_size": [height * patch_size, width * patch_size],
+        "second_per_grid": float(encoded["second_per_grid_ts"][0]),
+        "num_video_tokens": int((ids == processor.video_token_id).sum()),
+    }
+    return Clip(ids, types, {name: torch.as_tensor(encoded[name]) for name in MEDIA}, record)
+
+
+def read_question_clip(processor: Any, question: Question, protocol: Protocol, system: str = "") -> Clip:
+    """The clip of a question, as a protocol samples it.
+
+    Raises:
+        ValueError: if its video can't be read; `VideoDecodeError` for a broken file.
+    """
+    frames, metadata = read_clip(
+        question.video, protocol.sample, question.start, question.end, question.video_fps or None
+    )
+    return encode_clip(processor, frames, metadata, protocol.frame_size(processor.video_processor.size), system)
+
+
+def _chat_text(processor: Any, system: str, text: str) -> str:
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": text}]}]
+    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+@dataclass
+class Reply:
+    """What a model answered.
+
+    Args:
+        text (`str`): without special tokens.
+        num_text_tokens (`int`): of the text; slots and markers are not counted.
+        latent_length (`int`): slots.
+        latent_stop_reason (`str`): of the last block, as `generate` names it.
+        latent_states (`torch.Tensor` of shape `(num_slots, hidden_size)`): what was fed to the slots, on the CPU.
+        first_logits (`torch.Tensor` of shape `(vocab_size,)`, *optional*): of the answer's first token, if asked for.
+    """
+
+    text: str
+    num_text_tokens: int
+    latent_length: int = 0
+    latent_stop_reason: str = "none"
+    latent_states: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    first_logits: torch.Tensor | None = None
+
+
+@dataclass
+class Usage:
+    """What answering cost so far: tokens that went through the language model, and seconds."""
+
+    num_video_tokens: int = 0
+    num_answers: int = 0
+    seconds: float = 0.0
+
+
+class Answerer:
+    """Answers questions about clips by `generate`.
+
+    Args:
+        model: a STORMS or plain Qwen2.5-VL model in evaluation mode.
+        processor: as `load_model` gives it.
+        max_new_tokens (`int`): longest answer; the tokens of latent blocks are added to it.
+        batch_size (`int`): questions at once.
+        options: of `generate`: `latent_mode`, `latent_size`, ...
+
+    Raises:
+        ValueError: if a latent option is given for a model that has no latent mode.
+    """
+
+    def __init__(self, model: Any, processor: Any, max_new_tokens: int = 32, batch_size: int = 8, **options: Any):
+        self.model, self.processor = model, processor
+        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self.is_latent = hasattr(model, "latent_tokens")
+        latent = {name: value for name, value in options.items() if name.startswith("latent_")}
+        if latent and not self.is_latent:
+            raise ValueError(
+                f"The model is a plain {type(model).__name__}, without a latent mode, but {', '.join(latent)} was "
+                "given. Leave it out, or make a STORMS checkpoint with `python -m recipes.init_checkpoint`."
+            )
+        self.options = options
+        self.usage = Usage()
+
+    def latent_options(self, **options: Any) -> dict[str, Any]:
+        """The latent mode in force: options given, else the checkpoint's defaults; empty for a plain model."""
+        if not self.is_latent:
+            return {}
+        config, options = self.model.generation_config, self.options | options
+        defaults = {"latent_mode": "auto", "latent_size": self.model.config.latent_size, "latent_stop": "budget"}
+        defaults |= {"max_latent_blocks": 1, "latent_bottleneck": False}
+        found = {name: getattr(config, name, None) for name in defaults}
+        found = defaults | {name: value for name, value in found.items() if value is not None}
+        found |= {name: value for name, value in options.items() if name in defaults and value is not None}
+        return {"latent_mode": "off"} if found["latent_mode"] == "off" else found
+
+    @torch.no_grad()
+    def answer(
+        self, clips: Sequence[Clip], texts: Sequence[Sequence[str]], keep_logits: bool = False, **options: Any
+    ) -> list[list[Reply]]:
+        """Answer all questions about some clips.
+
+        Args:
+            clips (`Sequence[Clip]`): their prefixes run as one batch.
+            texts (`Sequence[Sequence[str]]`): for each clip, its questions' prompt texts. They run in batches of
+                `batch_size`, all clips' together.
+            keep_logits (`bool`): fill in `Reply.first_logits`.
+            options: of `generate`, over those given at construction.
+
+        Returns:
+            For each clip, its questions' replies.
+        """
+        began = time.perf_counter()
+        rows = [(clip, self._suffix(text)) for clip, given in enumerate(texts) for text in given]
+        prefix = self._pad([one.input_ids for one in clips], [one.mm_token_type_ids for one in clips])
+        media = {name: torch.cat([one.media[name] for one in clips]).to(self.model.device) for name in MEDIA}
+        cache = self._run_prefix(prefix, media)
+        replies: list[list[Reply]] = [[] for _ in clips]
+        for begin in range(0, len(rows), self.batch_size):
+            batch = rows[begin : begin + self.batch_size]
+            used = torch.tensor([clip for clip, _ in batch], device=self.model.device)
+            answered = self._answer_rows(
+                {name: value[used] for name, value in prefix.items()},
+                {name: value[used] for name, value in media.items() if name != "pixel_values_videos"},
+                _rows_of(cache, used),
+                [suffix for _, suffix in batch],
+                keep_logits,
+                self.options | options,
+            )
+            for (clip, _), reply in zip(batch, answered):
+                replies[clip].append(reply)
+        self.usage.num_video_tokens += sum(one.record["num_video_tokens"] for one in clips)
+        self.usage.num_answers += len(rows)
+        self.usage.seconds += time.perf_counter() - began
+        return replies
+
+    def _suffix(self, text: str) -> torch.Tensor:
+        """Ids of what follows the video's last token."""
+        whole = _chat_text(self.processor, "", text)
+        after = whole[whole.index(self.processor.video_token) + len(self.processor.video_token) :]
+        return torch.tensor(self.processor.tokenizer(after, add_special_tokens=False)["input_ids"])
+
+    def _pad(self, ids: Sequence[torch.Tensor], types: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        fill, device = self.processor.tokenizer.pad_token_id, self.model.device
+
+        def pad(values: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+            return torch.nn.utils.rnn.pad_sequence(list(values), True, value, padding_side="left").to(device)
+
+        return {
+            "input_ids": pad(ids, fill),
+            "attention_mask": pad([torch.ones_like(one) for one in ids], 0),
+            "mm_token_type_ids": pad(types, 0),
+        }
+
+    def _positions(self, inputs: Mapping[str, torch.Tensor], media: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Text and M-RoPE positions `(4, batch, length)`, as `generate` would make them."""
+        mask = inputs["attention_mask"]
+        text = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+        vision, deltas = self.model.model.get_rope_index(
+            inputs["input_ids"],
+            mm_token_type_ids=inputs["mm_token_type_ids"],
+            video_grid_thw=media["video_grid_thw"],
+            second_per_grid_ts=media["second_per_grid_ts"],
+            attention_mask=mask,
+        )
+        self.model.model.rope_deltas = deltas
+        return torch.cat([text[None], vision])
+
+    def _run_prefix(self, prefix: Mapping[str, torch.Tensor], media: Mapping[str, torch.Tensor]) -> DynamicCache:
+        cache = DynamicCache(config=self.model.config)
+        self.model.model(
+            input_ids=prefix["input_ids"],
+            attention_mask=prefix["attention_mask"],
+            position_ids=self._positions(prefix, media),
+            pixel_values_videos=media["pixel_values_videos"],
+            video_grid_thw=media["video_grid_thw"],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return cache
+
+    def _answer_rows(
+        self,
+        prefix: Mapping[str, torch.Tensor],
+        media: Mapping[str, torch.Tensor],
+        cache: DynamicCache,
+        suffixes: Sequence[torch.Tensor],
+        keep_logits: bool,
+        options: dict[str, Any],
+    ) -> list[Reply]:
+        # `[room][prefix][room][question]`: keys of the prefix stand where they were computed.
+        suffix = self._pad(suffixes, [torch.zeros_like(one) for one in suffixes])
+        inputs = {name: torch.cat([prefix[name], suffix[name]], dim=1) for name in prefix}
+        length = inputs["input_ids"].shape[1]
+        stop = []
+        room = 0
+        latent = self.latent_options(**options)
+        if "latent_size" in latent:
+            room = latent["max_latent_blocks"] * (latent["latent_size"] + 2)
+            ids = self.processor.latent_token_ids
+            stop = [_TextBudget(length, self.max_new_tokens, torch.tensor(ids, device=self.model.device))]
+        out = self.model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            position_ids=self._positions(inputs, media),
+            past_key_values=cache,
+            max_new_tokens=self.max_new_tokens + room,
+            stopping_criteria=stop,
+            output_logits=keep_logits,
+            return_dict_in_generate=True,
+            **{"do_sample": False, **options},
+        )
+        new_ids = out.sequences[:, length:]
+        texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
+        latent_ids = self.processor.latent_token_ids if self.is_latent else []
+        no_text = torch.tensor([*self.processor.tokenizer.all_special_ids, *latent_ids], device=new_ids.device)
+        counts = (~torch.isin(new_ids, no_text)).sum(1).tolist()
+        replies = [Reply(text, count) for text, count in zip(texts, counts)]
+        if self.is_latent:
+            for reply, states, reason in zip(replies, out.latent_states, out.latent_stop_reasons):
+                reply.latent_length, reply.latent_stop_reason = len(states), reason
+                reply.latent_states = states.float().cpu()
+        if keep_logits:
+            is_text = ~torch.isin(new_ids, torch.tensor(latent_ids, device=new_ids.device))
+            for row, (reply, step) in enumerate(zip(replies, is_text.int().argmax(1).tolist())):
+                reply.first_logits = out.logits[step][row].float().cpu()
+        return replies
+
+
+class _TextBudget(StoppingCriteria):
+    """Ends an answer after as many tokens of text, whether there was a block before it or not."""
+
+    def __init__(self, prompt_length: int, num_text_tokens: int, latent_token_ids: torch.Tensor):
+        self.prompt_length, self.num_text_tokens = prompt_length, num_text_tokens
+        self.latent_token_ids = latent_token_ids
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        is_text = ~torch.isin(input_ids[:, self.prompt_length :], self.latent_token_ids)
+        return is_text.sum(1) >= self.num_text_tokens
+
+
+def _rows_of(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
+    """A cache of its own with some rows of another, each as often as it is named."""
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    chosen.batch_select_indices(rows)
+    return chosen

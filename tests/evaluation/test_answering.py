@@ -1,0 +1,190 @@
+"""Many questions at once, on one encoded prefix a video, get the answers that each gets alone."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2_5_VLProcessor, Qwen2Config, Qwen2VLVideoProcessor
+from transformers.video_utils import VideoMetadata
+
+from evaluation.answering import Answerer, encode_clip, load_model, read_question_clip
+from evaluation.benchmarks.base import Question
+from evaluation.protocols import Protocol
+from tests.conftest import moving_disc
+
+
+QUESTIONS = (
+    ("Which cup moves?", "Why?", "Does the red car stop before the light changes, or after two seconds of waiting?"),
+    ("What falls first, the cup or the plate?",),
+    ("Where?", "How many discs cross the picture from left to right, and in which order do they do so?"),
+)
+
+
+SHAPES = ((8, 96, 128), (5, 112, 84), (12, 84, 84))  # of three clips: frames, height, width
+
+
+def sampled(num_frames, fps=4.0):
+    return VideoMetadata(total_num_frames=num_frames, fps=fps, frames_indices=list(range(num_frames)))
+
+
+@pytest.fixture(scope="module")
+def clips(processor):
+    size = processor.video_processor.size
+    return [
+        encode_clip(processor, moving_disc(*shape, seed), sampled(shape[0]), size) for seed, shape in enumerate(SHAPES)
+    ]
+
+
+def alone(model, processor, seed, text, **options):
+    """One question about one clip by the library's own way: no batch, no shared prefix."""
+    frames = moving_disc(*SHAPES[seed], seed)
+    messages = [{"role": "user", "content": [{"type": "video", "video": frames}, {"type": "text", "text": text}]}]
+    inputs = processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"video_metadata": [sampled(len(frames))], "do_sample_frames": False},
+    )
+    out = model.generate(**inputs, return_dict_in_generate=True, output_logits=True, do_sample=False, **options)
+    new = out.sequences[:, inputs["input_ids"].shape[1] :]
+    return processor.batch_decode(new, skip_special_tokens=True)[0], out
+
+
+MODES = {
+    "plain": {},
+    "off": {"latent_mode": "off"},
+    "auto": {"latent_mode": "auto", "latent_size": 3},
+    "force": {"latent_mode": "force", "latent_size": 4},
+    "bottleneck": {"latent_mode": "force", "latent_size": 4, "latent_bottleneck": True},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batches_with_shared_prefixes_answer_like_one_question_at_a_time(pair, processor, clips, mode):
+    model = (pair[0] if mode == "plain" else pair[1]).eval()
+    options = MODES[mode]
+    room = options.get("latent_size", -2) + 2 if mode not in ("plain", "off", "auto") else 0
+    answered = Answerer(model, processor, max_new_tokens=12, batch_size=4, **options).answer(clips, QUESTIONS)
+    texts = []
+    for seed, (given, replies) in enumerate(zip(QUESTIONS, answered)):
+        assert len(given) == len(replies)
+        for text, reply in zip(given, replies):
+            expected, out = alone(model, processor, seed, text, max_new_tokens=12 + room, **options)
+            assert reply.text == expected
+            texts.append(expected)
+            if mode not in ("plain", "off"):
+                assert reply.latent_stop_reason == out.latent_stop_reasons[0]
+                torch.testing.assert_close(reply.latent_states, out.latent_states[0], atol=1e-4, rtol=1e-4)
+    assert len(set(texts)) == len(texts), "the test compares nothing if all answers are alike"
+
+
+def test_logits_of_the_first_answer_token_are_those_after_the_block(pair, processor, clips):
+    model = pair[1].eval()
+    options = {"latent_mode": "force", "latent_size": 3}
+    answerer = Answerer(model, processor, max_new_tokens=2, batch_size=3, **options)
+    replies = answerer.answer(clips, QUESTIONS, keep_logits=True)
+    for seed, (given, answered) in enumerate(zip(QUESTIONS, replies)):
+        for text, reply in zip(given, answered):
+            _, out = alone(model, processor, seed, text, max_new_tokens=7, **options)
+            # start, three slots, end, and the first token of text
+            torch.testing.assert_close(reply.first_logits, out.logits[5][0], atol=1e-3, rtol=1e-3)
+
+
+def test_three_questions_on_a_video_run_its_tokens_once(pair, processor, clips):
+    model = pair[1].eval()
+    lengths = []
+    forward = model.model.language_model.forward
+
+    def count(*args, **kwargs):
+        embeds = kwargs["inputs_embeds"]
+        lengths.append(embeds.shape[0] * embeds.shape[1])
+        return forward(*args, **kwargs)
+
+    def cost(texts):
+        lengths.clear()
+        answerer = Answerer(model, processor, max_new_tokens=1, batch_size=8, latent_mode="off")
+        answerer.answer(clips[:1], [texts])
+        return sum(lengths), answerer.usage.num_video_tokens
+
+    model.model.language_model.forward = count
+    try:
+        one, video_tokens = cost(["Why?"])
+        three, video_tokens_of_three = cost(["Why?", "How?", "When?"])
+    finally:
+        del model.model.language_model.forward
+    assert video_tokens_of_three == video_tokens == clips[0].record["num_video_tokens"]
+    # What is added are two short questions, not the video.
+    assert three - one < 0.3 * clips[0].record["num_video_tokens"] + 2 * 30
+    assert three < 3 * one
+
+
+def test_an_answer_is_as_long_with_a_block_as_without(pair, processor, clips):
+    for options in ({"latent_mode": "off"}, {"latent_mode": "force", "latent_size": 5}):
+        replies = Answerer(pair[1].eval(), processor, max_new_tokens=6, **options).answer(clips, QUESTIONS)
+        assert max(reply.num_text_tokens for given in replies for reply in given) == 6
+
+
+def test_an_intervention_reaches_every_row(pair, processor, clips):
+    model = pair[1].eval()
+    seen = []
+
+    def zero(states, slot_index):
+        seen.append(len(states))
+        return torch.zeros_like(states)
+
+    answerer = Answerer(model, processor, max_new_tokens=2, batch_size=8, latent_mode="force", latent_size=2)
+    replies = answerer.answer(clips, QUESTIONS, latent_intervention=zero)
+    assert seen == [6, 6]
+    assert all((reply.latent_states == 0).all() for given in replies for reply in given)
+
+
+def test_a_system_message_is_part_of_the_shared_prefix(processor):
+    clip = encode_clip(processor, moving_disc(4), sampled(4), processor.video_processor.size, "Watch closely.")
+    text = processor.tokenizer.decode(clip.input_ids)
+    assert "Watch closely." in text
+    assert text.endswith(processor.video_token)
+    assert clip.record["frame_times"] == [0.0, 0.25, 0.5, 0.75]
+    assert clip.record["second_per_grid"] == 0.5
+
+
+def test_a_plain_checkpoint_is_read_and_decoded_like_ours(pair, processor, tmp_path, clip):
+    reference, model, _ = pair
+    reference.save_pretrained(tmp_path / "plain")
+    settings = processor.video_processor.to_dict()
+    plain_video = Qwen2VLVideoProcessor(
+        **{name: settings[name] for name in ("size", "patch_size", "temporal_patch_size", "merge_size")}
+    )
+    plain = Qwen2_5_VLProcessor(
+        processor.image_processor, processor.tokenizer, plain_video, chat_template=processor.chat_template
+    )
+    plain.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "storms")
+    processor.save_pretrained(tmp_path / "storms")
+    question = Question("1", "Why?", "", video=str(clip), start=0.5, end=1.5)
+    texts = []
+    for name in ("plain", "storms"):
+        loaded, own = load_model(str(tmp_path / name))
+        made = read_question_clip(own, question, Protocol.named("uniform4"))
+        assert made.record["frame_times"] == [0.0, 0.25, 0.5, 0.75]
+        answerer = Answerer(loaded, own, max_new_tokens=8, **({"latent_mode": "off"} if name == "storms" else {}))
+        texts.append(answerer.answer([made], [["Why?"]])[0][0].text)
+    assert texts[0] == texts[1]
+    with pytest.raises(ValueError, match="without a latent mode"):
+        Answerer(copy.copy(reference), plain, latent_mode="force")
+
+
+def test_another_kind_of_model_is_refused(tmp_path):
+    Qwen2Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'qwen2' model, expected a STORMS or Qwen2.5-VL"):
+        load_model(str(tmp_path))
+
+
+def test_frames_are_resized_to_the_protocol(processor, clip):
+    small = read_question_clip(processor, Question("1", "", "", video=str(clip)), Protocol(4, max_frame_pixels=3136))
+    assert np.prod(small.record["frame_size"]) <= 3136
+    large = read_question_clip(processor, Question("1", "", "", video=str(clip)), Protocol(4, min_frame_pixels=40000))
+    assert np.prod(large.record["frame_size"]) >= 40000
+    assert large.record["num_video_tokens"] > small.record["num_video_tokens"]
