@@ -15,11 +15,12 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
@@ -29,10 +30,10 @@ from model_card.push import write_whole
 from model_card.render import public_name
 
 from .answering import Answerer, checkpoint_stamp, load_model
-from .benchmarks import load_benchmark
+from .benchmarks import BENCHMARKS, load_benchmark
 from .benchmarks.base import Benchmark
 from .judge import Judge, judge_answers
-from .prompts import PROMPTS, prompt_text
+from .prompts import PROMPTS
 from .protocols import Protocol
 from .report import print_table, summarise
 from .runner import Item, Journal, costs, run
@@ -45,13 +46,19 @@ def _option(default: Any, help: str) -> Any:
 @dataclass
 class EvaluationArguments:
     model: str = field(metadata={"help": "Folder or Hub id of a STORMS or Qwen2.5-VL checkpoint."})
-    benchmarks: str = field(metadata={"help": "Names, separated by commas; `--benchmarks list` prints them."})
+    benchmarks: str = field(
+        metadata={
+            "help": "Names, separated by commas: "
+            f"{', '.join(BENCHMARKS)}; a dataset's folder or Hub id, also as simulated=FOLDER."
+        }
+    )
     output: str = _option("results", "Folder of the JSON files, and of what a killed run goes on from.")
     revision: str | None = _option(None, "Commit, tag or branch of --model on the Hub.")
     data_root: str | None = _option(None, "Folder that holds a folder for each benchmark; the Hub by default.")
     split: str | None = _option(None, "Split of datasets of the builder's schema (test).")
     video_root: str | None = _option(None, "Folder of the videos that such a dataset names by path.")
-    max_questions: int | None = _option(None, "Ask the first so many of each benchmark only.")
+    max_questions: int | None = _option(None, "Draw so many of each benchmark, the same in every run.")
+    allow_subset: bool = _option(False, "Accept a folder with fewer or more questions than the benchmark has.")
     subtitles: bool = _option(False, "Show subtitles, where a benchmark has them.")
     open_ended: bool = _option(False, "Also ask what only a judge can score. Needs --judge_model.")
     judge_model: str | None = _option(None, "Model that judges free-form answers, instead of comparing texts.")
@@ -103,7 +110,7 @@ class EvaluationArguments:
                 raise ValueError(f"--latent_size: saw {self.latent_size!r}, expected numbers like 4,8.") from None
         settings: list[dict[str, Any]] = []
         for mode, size in product(modes, sizes):
-            options = {"latent_mode": mode}
+            options: dict[str, Any] = {"latent_mode": mode}
             options |= {} if mode == "off" else {"latent_size": size, "latent_stop": self.latent_stop}
             options = {name: value for name, value in options.items() if value is not None}
             if options not in settings:  # off has no sizes
@@ -116,27 +123,27 @@ def _names(text: str) -> list[str]:
 
 
 def load_benchmarks(arguments: EvaluationArguments) -> list[Benchmark]:
-    """The benchmarks that were asked for, cut to `--max_questions`."""
-    loaded = []
-    for name in _names(arguments.benchmarks):
-        benchmark = load_benchmark(
+    """The benchmarks that were asked for."""
+    return [
+        load_benchmark(
             name,
             data_root=arguments.data_root,
-            split=arguments.split,
-            video_root=arguments.video_root,
             subtitles=arguments.subtitles,
             open_ended=arguments.open_ended,
+            split=arguments.split,
+            video_root=arguments.video_root,
+            max_questions=arguments.max_questions,
+            allow_subset=arguments.allow_subset,
         )
-        if arguments.max_questions is not None:
-            benchmark = replace(benchmark, questions=benchmark.questions[: arguments.max_questions])
-        loaded.append(benchmark)
-    return loaded
+        for name in _names(arguments.benchmarks)
+    ]
 
 
 def label(options: dict[str, Any]) -> str:
     """A run's name by its latent options: `force-k8`, `off`, `default`."""
-    parts = [options.get("latent_mode", "")] + [f"k{options['latent_size']}"] * ("latent_size" in options)
-    return "-".join(part for part in [*parts, options.get("latent_stop", "")] if part) or "default"
+    size = f"k{options['latent_size']}" if "latent_size" in options else ""
+    parts = (options.get("latent_mode"), size, options.get("latent_stop"))
+    return "-".join(part for part in parts if part) or "default"
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -146,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         arguments.protocol, min_frame_pixels=arguments.min_frame_pixels, max_frame_pixels=arguments.max_frame_pixels
     )
     sweep = arguments.latent_settings()
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())
     with state.main_process_first():  # downloads and unpacks
         benchmarks = load_benchmarks(arguments)
     model, processor = load_model(arguments.model, arguments.revision, arguments.dtype, arguments.attention)
@@ -172,9 +179,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         }
         # 1. Answers, all benchmarks together.
         items = [
-            Item.of(benchmark, one, prompt_text(benchmark, one, arguments.prompt, arguments.thinking), settings)
+            Item(benchmark, question, arguments.prompt, arguments.thinking, json.dumps(settings, sort_keys=True))
             for benchmark in benchmarks
-            for one in benchmark.questions
+            for question in benchmark.questions
         ]
         journal = Journal(output / ".answers", state.process_index)
         answers = run(answerer, items, protocol, journal, arguments.num_workers, arguments.share_prefix, state)

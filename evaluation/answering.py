@@ -160,6 +160,21 @@ class Reply:
 
 
 @dataclass
+class EncodedClips:
+    """Clips whose prefixes went through the language model, as one batch, for any number of `answer` calls.
+
+    Args:
+        prefix (`dict`): ids, mask and token types, each `(num_clips, length)`, padded on the left.
+        media (`dict`): what positions depend on, a row a clip.
+        cache (`DynamicCache`): the prefixes' keys and values.
+    """
+
+    prefix: dict[str, torch.Tensor]
+    media: dict[str, torch.Tensor]
+    cache: DynamicCache
+
+
+@dataclass
 class Usage:
     """What answering cost so far: tokens that went through the language model, and seconds."""
 
@@ -208,13 +223,28 @@ class Answerer:
         return {"latent_mode": "off"} if found["latent_mode"] == "off" else found
 
     @torch.no_grad()
+    def encode(self, clips: Sequence[Clip]) -> EncodedClips:
+        """Run the clips' prefixes as one batch, to be answered about more than once."""
+        began = time.perf_counter()
+        prefix = self._pad([one.input_ids for one in clips], [one.mm_token_type_ids for one in clips])
+        media = {name: torch.cat([one.media[name] for one in clips]).to(self.model.device) for name in MEDIA}
+        cache = self._run_prefix(prefix, media)
+        self.usage.num_video_tokens += sum(one.record["num_video_tokens"] for one in clips)
+        self.usage.seconds += time.perf_counter() - began
+        return EncodedClips(prefix, {name: media[name] for name in MEDIA if name != "pixel_values_videos"}, cache)
+
+    @torch.no_grad()
     def answer(
-        self, clips: Sequence[Clip], texts: Sequence[Sequence[str]], keep_logits: bool = False, **options: Any
+        self,
+        clips: Sequence[Clip] | EncodedClips,
+        texts: Sequence[Sequence[str]],
+        keep_logits: bool = False,
+        **options: Any,
     ) -> list[list[Reply]]:
         """Answer all questions about some clips.
 
         Args:
-            clips (`Sequence[Clip]`): their prefixes run as one batch.
+            clips (`Sequence[Clip]` or `EncodedClips`): their prefixes run as one batch, or have done so.
             texts (`Sequence[Sequence[str]]`): for each clip, its questions' prompt texts. They run in batches of
                 `batch_size`, all clips' together.
             keep_logits (`bool`): fill in `Reply.first_logits`.
@@ -223,29 +253,50 @@ class Answerer:
         Returns:
             For each clip, its questions' replies.
         """
+        encoded = clips if isinstance(clips, EncodedClips) else self.encode(clips)
         began = time.perf_counter()
         rows = [(clip, self._suffix(text)) for clip, given in enumerate(texts) for text in given]
-        prefix = self._pad([one.input_ids for one in clips], [one.mm_token_type_ids for one in clips])
-        media = {name: torch.cat([one.media[name] for one in clips]).to(self.model.device) for name in MEDIA}
-        cache = self._run_prefix(prefix, media)
-        replies: list[list[Reply]] = [[] for _ in clips]
+        replies: list[list[Reply]] = [[] for _ in texts]
         for begin in range(0, len(rows), self.batch_size):
             batch = rows[begin : begin + self.batch_size]
             used = torch.tensor([clip for clip, _ in batch], device=self.model.device)
             answered = self._answer_rows(
-                {name: value[used] for name, value in prefix.items()},
-                {name: value[used] for name, value in media.items() if name != "pixel_values_videos"},
-                _rows_of(cache, used),
+                {name: value[used] for name, value in encoded.prefix.items()},
+                {name: value[used] for name, value in encoded.media.items()},
+                _rows_of(encoded.cache, used),
                 [suffix for _, suffix in batch],
                 keep_logits,
                 self.options | options,
             )
             for (clip, _), reply in zip(batch, answered):
                 replies[clip].append(reply)
-        self.usage.num_video_tokens += sum(one.record["num_video_tokens"] for one in clips)
         self.usage.num_answers += len(rows)
         self.usage.seconds += time.perf_counter() - began
         return replies
+
+    @torch.no_grad()
+    def question_states(self, clips: EncodedClips, texts: Sequence[Sequence[str]]) -> list[torch.Tensor]:
+        """What the model makes of each question's text, in sight of the video and without a latent block.
+
+        Returns:
+            For each clip `(num_questions, hidden_size)`, float32 on the CPU: mean of the last layer's post-norm states
+            over the positions after the video.
+        """
+        rows = [(clip, self._suffix(text)) for clip, given in enumerate(texts) for text in given]
+        used = torch.tensor([clip for clip, _ in rows], device=self.model.device)
+        suffix = self._pad([ids for _, ids in rows], [torch.zeros_like(ids) for _, ids in rows])
+        inputs = {name: torch.cat([value[used], suffix[name]], dim=1) for name, value in clips.prefix.items()}
+        positions = self._positions(inputs, {name: value[used] for name, value in clips.media.items()})
+        states = self.model.model(
+            input_ids=suffix["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            position_ids=positions[..., -suffix["input_ids"].shape[1] :],
+            past_key_values=_rows_of(clips.cache, used),
+            use_cache=True,
+        ).last_hidden_state.float()
+        kept = suffix["attention_mask"][..., None]
+        means = ((states * kept).sum(1) / kept.sum(1)).cpu()
+        return list(means.split([len(given) for given in texts]))
 
     def _suffix(self, text: str) -> torch.Tensor:
         """Ids of what follows the video's last token."""

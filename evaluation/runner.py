@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +17,55 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .answering import Answerer, Clip, Reply, read_question_clip
-from .benchmarks.base import Benchmark, Question
+from .benchmarks.base import Benchmark, Prompt, Question
 from .parsing import matches_free_form, parse_choice_with_rule
-from .prompts import Prompt
+from .prompts import RESERVED, prompt_text
 from .protocols import Protocol
 
 
 @dataclass(frozen=True)
 class Item:
-    """A question of a benchmark, as it will be asked.
+    """A question of a benchmark, as a run asks it.
 
     Args:
-        benchmark (`str`): its name.
+        benchmark (`Benchmark`): where it is from.
         question (`Question`): what is asked.
-        prompt (`Prompt`): how it is put.
-        key (`str`): a hash of all that the answer depends on, the run's settings included.
+        prompt_name (`str`), thinking (`bool`): how it is put, see `prompt_text`.
+        settings (`str`): of the run: whatever else the answer depends on.
     """
 
-    benchmark: str
+    benchmark: Benchmark
     question: Question
-    prompt: Prompt
-    key: str
+    prompt_name: str = "storms"
+    thinking: bool = False
+    settings: str = ""
 
-    @classmethod
-    def of(cls, benchmark: Benchmark, question: Question, prompt: Prompt, settings: Mapping[str, Any]) -> "Item":
-        """A question as a run with some settings (JSON values) asks it."""
-        asked = {name: value for name, value in asdict(question).items() if name != "video"}
-        parts = (settings, benchmark.name, asdict(prompt), asked, _video_stamp(question.video))
-        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
-        return cls(benchmark.name, question, prompt, key)
+    def prompt(self, frame_times: Sequence[float] | None = None) -> Prompt:
+        """How it is put to a model that sees frames at some seconds of the clip; subtitles depend on them."""
+        if frame_times is not None:
+            frame_times = [(self.question.start or 0.0) + time for time in frame_times]
+        return prompt_text(self.benchmark, self.question, self.prompt_name, self.thinking, frame_times)
 
-    @property
+    @cached_property
+    def key(self) -> str:
+        """A hash of all that the answer depends on."""
+        asked = {name: value for name, value in asdict(self.question).items() if name != "video"}
+        parts = (self.settings, self.benchmark.name, asdict(self.prompt()), asked, _video_stamp(self.question.video))
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+    @cached_property
     def clip(self) -> tuple[Any, ...]:
         """What questions must agree on to share an encoded prefix."""
         one = self.question
-        return (one.video, one.video_fps, one.start, one.end, self.prompt.system)
+        return (one.video, one.video_fps, one.start, one.end, self.prompt().system)
+
+    @property
+    def failure(self) -> str:
+        """Why it can't be asked, before a look at its video; empty if it can."""
+        texts = self.prompt().system + self.prompt().text
+        if found := [token for token in RESERVED if token in texts]:
+            return f"reserved text: {', '.join(found)} would be taken for a token that marks turns, media or blocks"
+        return self.question.failure
 
 
 def _video_stamp(video: str | bytes | Sequence[str]) -> Any:
@@ -111,23 +126,15 @@ class _Clips(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, Clip | str]:
         item = self.items[index]
-        if failure := _failure(item, self.processor):
+        if failure := item.failure:
             return index, failure
         try:
-            clip = read_question_clip(self.processor, item.question, self.protocol, item.prompt.system)
+            clip = read_question_clip(self.processor, item.question, self.protocol, item.prompt().system)
         except (ValueError, OSError) as error:  # VideoDecodeError is a ValueError
             return index, f"{type(error).__name__}: {error}"
         # The vision tower casts to its own type anyway; half the bytes then wait in the queue.
         clip.media["pixel_values_videos"] = clip.media["pixel_values_videos"].to(self.dtype)
         return index, clip
-
-
-def _failure(item: Item, processor: Any) -> str:
-    """Why an item can't be asked, before a look at its video; empty if it can."""
-    texts = item.prompt.system + item.prompt.text
-    if found := [token for token in processor.tokenizer.all_special_tokens if token in texts]:
-        return f"reserved text: {', '.join(found)} would be taken for a token that marks turns, media or blocks"
-    return item.question.failure
 
 
 def run(
@@ -153,14 +160,14 @@ def run(
     Returns:
         One answer an item, in order; on every process.
     """
-    state = state or PartialState()
+    state = state or PartialState(cpu=not torch.cuda.is_available())
     wanted = {item.key for item in items}
     done = {key: answer for key, answer in journal.read().items() if key in wanted}
     # 1. Questions that share a clip, and this process's part of them.
     groups: dict[Any, list[Item]] = defaultdict(list)
     for number, item in enumerate(items):
         if item.key not in done:
-            is_shared = share_prefix and not _failure(item, answerer.processor)
+            is_shared = share_prefix and not item.failure
             groups[item.clip if is_shared else number].append(item)
     mine = list(groups.values())[state.process_index :: state.num_processes]
     state.wait_for_everyone()  # nobody writes before all have read
@@ -198,7 +205,7 @@ def _ask(answerer: Answerer, window: list[tuple[list[Item], Clip]], journal: Jou
         while window and sum(len(group) for group, _ in [*batch, window[0]]) <= answerer.batch_size:
             batch.append(window.pop(0))
         began = time.perf_counter()
-        texts = [[item.prompt.text for item in group] for group, _ in batch]
+        texts = [[item.prompt(clip.record["frame_times"]).text for item in group] for group, clip in batch]
         replies = answerer.answer([clip for _, clip in batch], texts)
         seconds = time.perf_counter() - began
         count = sum(map(len, texts))
@@ -216,14 +223,14 @@ def _record(item: Item, clip: Clip | None, reply: Reply | None, failure: str = "
     question = item.question
     text = reply.text if reply is not None else ""
     if question.options:
-        choice, rule = parse_choice_with_rule(text, question.options)
+        choice, rule = parse_choice_with_rule(question.with_letters(text), question.options)
         is_parsed, is_correct = choice is not None, choice == question.answer
     else:
         choice, rule, is_parsed = None, "free_form", bool(text.strip())
         is_correct = is_parsed and matches_free_form(text, question.answer)
     record = {
         "key": item.key,
-        "benchmark": item.benchmark,
+        "benchmark": item.benchmark.name,
         "id": question.id,
         "video_id": question.video_id,
         "categories": dict(question.categories),
