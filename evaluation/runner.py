@@ -160,7 +160,6 @@ def run(
     Returns:
         One answer an item, in order; on every process.
     """
-    state = state or PartialState(cpu=not torch.cuda.is_available())
     wanted = {item.key for item in items}
     done = {key: answer for key, answer in journal.read().items() if key in wanted}
     # 1. Questions that share a clip, and this process's part of them.
@@ -169,8 +168,10 @@ def run(
         if item.key not in done:
             is_shared = share_prefix and not item.failure
             groups[item.clip if is_shared else number].append(item)
-    mine = list(groups.values())[state.process_index :: state.num_processes]
-    state.wait_for_everyone()  # nobody writes before all have read
+    mine = list(groups.values())
+    if state is not None:
+        mine = mine[state.process_index :: state.num_processes]
+        state.wait_for_everyone()  # nobody writes before all have read
     clips = _Clips(answerer.processor, [group[0] for group in mine], protocol, answerer.model.dtype)
     loader = DataLoader(clips, batch_size=None, num_workers=num_workers, prefetch_factor=2 if num_workers else None)
     # 2. A window of clips at a time, the longest first, so that rows of a batch are of about one length.
@@ -179,7 +180,7 @@ def run(
         initial=len(done),
         desc="answer",
         unit="question",
-        disable=None if state.is_local_main_process else True,
+        disable=None if state is None or state.is_local_main_process else True,
     )
     window: list[tuple[list[Item], Clip]] = []
     for index, clip in loader:
@@ -193,7 +194,8 @@ def run(
             window = []
     _ask(answerer, window, journal, bar)
     bar.close()
-    state.wait_for_everyone()
+    if state is not None:
+        state.wait_for_everyone()
     done = journal.read()
     return [done[item.key] for item in items]
 

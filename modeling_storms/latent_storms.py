@@ -1047,9 +1047,8 @@ class LatentReasoningMixin(Backbone):
             if not (blind & (concealed.cumsum(1) > 0)).any():
                 return
         raise ValueError(
-            "latent_bottleneck=True with past_key_values needs the ids of the whole prompt, and a cache that ends with "
-            "its last visual token: what follows was computed with the video in sight. Cache no more than that, or "
-            "leave past_key_values out."
+            "latent_bottleneck=True with past_key_values needs the ids of the whole prompt, and a cache that ends "
+            "with its last visual token: what follows has seen the video. Cache no more, or leave past_key_values out."
         )
 
     def _prepare_generation_config(self, generation_config, latent_mode=None, **kwargs):

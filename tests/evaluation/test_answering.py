@@ -178,7 +178,7 @@ def test_a_plain_checkpoint_is_read_and_decoded_like_ours(pair, processor, tmp_p
 
 def test_another_kind_of_model_is_refused(tmp_path):
     Qwen2Config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'qwen2' model, expected a STORMS or Qwen2.5-VL"):
+    with pytest.raises(ValueError, match=r"'qwen2' model, expected a STORMS or Qwen2\.5-VL"):
         load_model(str(tmp_path))
 
 

@@ -1,0 +1,1 @@
+"""What a checkpoint's latents are worth: changed, left out, looked up and looked at."""

@@ -1,0 +1,110 @@
+"""What one run's answers come to: entries for its JSON file, which model cards take, and a table for the terminal."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import evaluate
+from rich.console import Console
+from rich.table import Table
+
+from model_card.render import public_name
+
+from .benchmarks.base import Benchmark
+
+
+METRIC = Path(__file__).parent / "metrics" / "video_qa_accuracy"
+
+
+def summarise(
+    benchmark: Benchmark,
+    answers: Sequence[Mapping[str, Any]],
+    protocol: str,
+    prompt: str,
+    latent_mode: str,
+    command: str,
+    judge: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One run's result on a benchmark, fit for `model_card.render.check_results`.
+
+    Args:
+        benchmark (`Benchmark`): with the questions that were to be asked, and no others.
+        answers (`Sequence[Mapping]`): one for each question, as a run's file holds them.
+        protocol, prompt, latent_mode, command (`str`): the circumstances.
+        judge (`Mapping`, *optional*): who judged free-form answers, from `judge_answers`.
+
+    Returns:
+        `dict`: the fields of `RESULT_FIELDS`; `revision`, `standard_error`, `interval`, `chance`, `num_videos`,
+        `parse_failure_rate`, `decode_failure_rate`, `mean_over` and `categories` as the metric returns them; `judge`.
+
+    Raises:
+        ValueError: if there is not exactly one answer to each question: a result would hide what is missing.
+    """
+    asked, answered = [question.id for question in benchmark.questions], [answer["id"] for answer in answers]
+    if sorted(asked) != sorted(answered):
+        faults = {
+            "not answered": set(asked) - set(answered),
+            "not of this benchmark": set(answered) - set(asked),
+            "answered twice": {one for one in answered if answered.count(one) > asked.count(one)} & set(asked),
+        }
+        told = "; ".join(f"{len(ids)} {fault} ({min(ids)!r})" for fault, ids in faults.items() if ids)
+        raise ValueError(f"{benchmark.name}: saw {len(answered)} answers to {len(asked)} questions, {told}.")
+    metric = evaluate.load(str(METRIC), keep_in_memory=True)
+    found = metric.compute(
+        predictions=[(one["choice"] or one["text"]) if one["is_parsed"] else "" for one in answers],
+        references=[one["answer"] for one in answers],
+        video_ids=[one["video_id"] for one in answers],
+        num_options=[one["num_options"] for one in answers],
+        is_decoded=[not one["failure"] for one in answers],
+        is_correct=[one["is_correct"] for one in answers],
+        categories=[one["categories"] for one in answers],
+        mean_over=benchmark.mean_over,
+    )
+    return {
+        "benchmark": benchmark.name,
+        "dataset": public_name(benchmark.dataset),
+        "split": benchmark.split,
+        "revision": benchmark.revision,
+        "metric": "accuracy",
+        "value": found.pop("accuracy"),
+        "num_rows": found.pop("n"),
+        "mean_over": benchmark.mean_over,
+        **found,
+        "protocol": protocol,
+        "prompt": prompt,
+        "latent_mode": latent_mode,
+        "command": command,
+        **({} if judge is None else {"judge": dict(judge)}),
+    }
+
+
+def print_table(results: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+    """Print results, a row each, in percent.
+
+    Args:
+        results (`Sequence[Mapping]`): from `summarise`.
+        console (`Console`, *optional*): by default the terminal.
+    """
+    headings = ("benchmark", "accuracy", "95% interval", "chance", "questions", "videos", "not parsed", "not decoded")
+    table = Table(*headings, "protocol", "prompt", "latents", caption="In percent. Whatever failed counts as wrong.")
+    for one in results:
+        table.add_row(
+            one["benchmark"],
+            percent(one["value"]),
+            interval_text(one["interval"]),
+            percent(one["chance"]),
+            str(one["num_rows"]),
+            str(one["num_videos"]),
+            percent(one["parse_failure_rate"]),
+            percent(one["decode_failure_rate"]),
+            *(one[name] for name in ("protocol", "prompt", "latent_mode")),
+        )
+    (console or Console()).print(table)
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def interval_text(interval: Sequence[float] | None) -> str:
+    return "undefined" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}"
