@@ -12,8 +12,8 @@ command goes on where a killed one stopped: an answer that is there is not asked
 """
 
 import json
-import shlex
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -35,7 +35,7 @@ from .benchmarks.base import Benchmark
 from .judge import Judge, judge_answers
 from .prompts import PROMPTS
 from .protocols import Protocol
-from .report import print_table, summarise
+from .report import print_table, public_command, summarise
 from .runner import Item, Journal, costs, run
 
 
@@ -122,6 +122,10 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the lines of the description."""
+
+
 def load_benchmarks(arguments: EvaluationArguments) -> list[Benchmark]:
     """The benchmarks that were asked for."""
     return [
@@ -148,7 +152,8 @@ def label(options: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     given = list(sys.argv[1:] if argv is None else argv)
-    (arguments,) = HfArgumentParser(EvaluationArguments, description=__doc__).parse_args_into_dataclasses(given)
+    parser = HfArgumentParser(EvaluationArguments, description=__doc__, formatter_class=HelpFormatter)
+    (arguments,) = parser.parse_args_into_dataclasses(given)
     protocol = Protocol.named(
         arguments.protocol, min_frame_pixels=arguments.min_frame_pixels, max_frame_pixels=arguments.max_frame_pixels
     )
@@ -160,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     model.to(state.device)
     stamp = checkpoint_stamp(arguments.model, model)
     prompt = f"{arguments.prompt}{', thinking' * arguments.thinking}"
-    command = shlex.join(["python", "-m", "evaluation", *(public_name(one) if "/" in one else one for one in given)])
+    command = public_command("evaluation", given)
     output = Path(arguments.output)
     results: list[dict[str, Any]] = []
     totals: list[tuple[str, dict[str, float]]] = []
@@ -189,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             continue
         # 2. Figures, a benchmark at a time.
         mode = latent.get("latent_mode", "none")
-        mode += f", {latent['latent_size']} slots" if "latent_size" in latent else ""
+        mode += f" {latent['latent_size']}" if "latent_size" in latent else ""
         entries, scored = [], []
         for benchmark in benchmarks:
             own = [answer for answer in answers if answer["benchmark"] == benchmark.name]
@@ -211,9 +216,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 def _print_costs(totals: Sequence[tuple[str, dict[str, float]]]) -> None:
-    table = Table(
-        "answers in", "questions a second", "seconds a question", "median latency", "video tokens", "unshared"
-    )
+    table = Table("answers in", "questions/s", "s/question", "median latency", "video tokens", "if not shared")
     for path, one in totals:
         if one:
             figures = [one[name] for name in ("questions_per_second", "seconds_per_question", "latency_median")]

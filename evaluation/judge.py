@@ -139,8 +139,6 @@ class Judge:
                     pass
             except (Rejected, TeacherSetupError) as error:
                 raise self._error(str(error)) from None
-            finally:
-                pool.shutdown(cancel_futures=True)
         if asked and not verdicts.keys() & set(keys) and all(one.transient for one in failures.values()):
             raise self._error(f"no answer got a verdict, the last for {list(failures.values())[-1]}")
         reasons = Counter(failures[key].reason.removeprefix("teacher_") for key in keys if key in failures)
@@ -173,7 +171,7 @@ def judge_answers(
     Raises:
         JudgeError: see `Judge.judge`.
     """
-    questions = {question.id: question.question for question in benchmark.questions}
+    questions = {one.id: one.judge_question or one.question for one in benchmark.questions}
     judged = [dict(answer) for answer in answers]
     open_ended = [one for one in judged if not one["num_options"] and one["is_parsed"] and not one["failure"]]
     if not open_ended:

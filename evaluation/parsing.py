@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from string import ascii_uppercase
+from typing import NamedTuple
 
 
 UNPARSED = "unparsed"
@@ -77,6 +78,30 @@ def matches_free_form(text: str, answer: str) -> bool:
     if seen_words or expected_words:
         return seen_words == expected_words
     return seen != "" and _folded(seen) == _folded(expected)  # punctuation is all there is
+
+
+class Score(NamedTuple):
+    """What came of an answer: the letter that it chooses, if any, the rule that found it, and whether it is right."""
+
+    choice: str | None
+    rule: str
+    is_parsed: bool
+    is_correct: bool
+
+
+def score_answer(text: str, options: Mapping[str, str], answer: str) -> Score:
+    """Read a model's text and compare it with the right answer. What can't be read is wrong.
+
+    Args:
+        text (`str`): what the model wrote.
+        options (`Mapping[str, str]`): from capital letter to option text; empty for a free-form question.
+        answer (`str`): the right letter, or a free-form answer.
+    """
+    if options:
+        choice, rule = parse_choice_with_rule(text, options)
+        return Score(choice, rule, choice is not None, choice == answer)
+    is_parsed = parse_free_form(text) != ""
+    return Score(None, "free_form", is_parsed, is_parsed and matches_free_form(text, answer))
 
 
 class _Contradiction(Exception):

@@ -1,5 +1,6 @@
 """What one run's answers come to: entries for its JSON file, which model cards take, and a table for the terminal."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,11 +86,17 @@ def print_table(results: Sequence[Mapping[str, Any]], console: Console | None = 
         results (`Sequence[Mapping]`): from `summarise`.
         console (`Console`, *optional*): by default the terminal.
     """
-    headings = ("benchmark", "accuracy", "95% interval", "chance", "questions", "videos", "not parsed", "not decoded")
-    table = Table(*headings, "protocol", "prompt", "latents", caption="In percent. Whatever failed counts as wrong.")
+    shown = {f"{one['protocol']}, prompt {one['prompt']}": None for one in results}
+    headings = ("benchmark", "latents", "accuracy", "95% interval", "chance", "n", "videos", "unread", "broken")
+    table = Table(
+        *headings,
+        title="; ".join(shown),
+        caption="In percent. Wrong are also answers that could not be read, and those to broken videos.",
+    )
     for one in results:
         table.add_row(
             one["benchmark"],
+            one["latent_mode"],
             percent(one["value"]),
             interval_text(one["interval"]),
             percent(one["chance"]),
@@ -97,9 +104,18 @@ def print_table(results: Sequence[Mapping[str, Any]], console: Console | None = 
             str(one["num_videos"]),
             percent(one["parse_failure_rate"]),
             percent(one["decode_failure_rate"]),
-            *(one[name] for name in ("protocol", "prompt", "latent_mode")),
         )
     (console or Console()).print(table)
+
+
+def public_command(module: str, given: Sequence[str]) -> str:
+    """A command as it may be published: folders of this machine by their last part."""
+    parts = []
+    for argument in given:
+        name, equals, value = argument.rpartition("=")
+        values = (public_name(one) if "/" in one else one for one in value.split(","))
+        parts.append(name + equals + ",".join(values))
+    return shlex.join(["python", "-m", module, *parts])
 
 
 def percent(share: float | None) -> str:

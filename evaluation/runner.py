@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .answering import Answerer, Clip, Reply, read_question_clip
 from .benchmarks.base import Benchmark, Prompt, Question
-from .parsing import matches_free_form, parse_choice_with_rule
+from .parsing import score_answer
 from .prompts import RESERVED, prompt_text
 from .protocols import Protocol
 
@@ -224,12 +224,6 @@ def _record(item: Item, clip: Clip | None, reply: Reply | None, failure: str = "
     """An answer as the run's file holds it."""
     question = item.question
     text = reply.text if reply is not None else ""
-    if question.options:
-        choice, rule = parse_choice_with_rule(question.with_letters(text), question.options)
-        is_parsed, is_correct = choice is not None, choice == question.answer
-    else:
-        choice, rule, is_parsed = None, "free_form", bool(text.strip())
-        is_correct = is_parsed and matches_free_form(text, question.answer)
     record = {
         "key": item.key,
         "benchmark": item.benchmark.name,
@@ -239,10 +233,7 @@ def _record(item: Item, clip: Clip | None, reply: Reply | None, failure: str = "
         "num_options": len(question.options),
         "answer": question.answer,
         "text": text,
-        "choice": choice,
-        "rule": rule,
-        "is_parsed": is_parsed,
-        "is_correct": is_correct,
+        **score_answer(question.with_letters(text), question.options, question.answer)._asdict(),
         "failure": failure,
     }
     if clip is not None and reply is not None:

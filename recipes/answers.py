@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from dataset_builder.schema import LETTERS
-from evaluation.parsing import matches_free_form, parse_choice
+from evaluation.diagnostics.interventions import PlaceStates
+from evaluation.parsing import score_answer
 from modeling_storms.latent_storms import LatentReasoningMixin
 
 from .collator import StormsCollator, row_name
@@ -46,7 +47,7 @@ def answer_rows(
         inputs: Any = {name: value.to(device) for name, value in collator.prompts(batch).items()}
         if replace_states is not None:
             states = torch.stack(list(replace_states[begin : begin + batch_size])).to(device)
-            options |= {"latent_mode": "force", "latent_intervention": _Replace(states)}
+            options |= {"latent_mode": "force", "latent_intervention": PlaceStates(states)}
         out = model.generate(
             **inputs, max_new_tokens=max_new_tokens + slots + 2, return_dict_in_generate=True, **options
         )
@@ -54,29 +55,16 @@ def answer_rows(
             out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
         for row, text, states in zip(batch, texts, out.latent_states):
-            choices = dict(zip(LETTERS, row.get("options") or []))
-            choice = parse_choice(text, choices) if choices else None
+            score = score_answer(text, dict(zip(LETTERS, row.get("options") or [])), row["answer"])
             results.append(
                 {
                     "name": row_name(row),
                     "text": text,
-                    "choice": choice,
-                    "is_parsed": choice is not None if choices else bool(text.strip()),
-                    "is_correct": choice == row["answer"] if choices else matches_free_form(text, row["answer"]),
+                    "choice": score.choice,
+                    "is_parsed": score.is_parsed,
+                    "is_correct": score.is_correct,
                     "latent_length": len(states),
                     "latent_states": states.float().cpu(),
                 }
             )
     return results
-
-
-class _Replace:
-    """An intervention that puts given states `(batch, num_slots, hidden_size)` into the slots of a whole batch."""
-
-    def __init__(self, states: torch.Tensor):
-        self.states = states
-
-    def __call__(self, states: torch.Tensor, slot_index: torch.Tensor) -> torch.Tensor:
-        assert len(states) == len(self.states), "a forced block is open in all rows or in none"
-        rows = torch.arange(len(states), device=states.device)
-        return self.states[rows, slot_index].to(states)

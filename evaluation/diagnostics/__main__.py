@@ -15,9 +15,7 @@ another video's row, with a 95% interval. What each figure means is said in the 
 """
 
 import json
-import shlex
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -30,8 +28,10 @@ from transformers import HfArgumentParser
 from model_card.push import write_whole
 from model_card.render import public_name
 
+from ..__main__ import HelpFormatter
 from ..answering import Answerer, load_model
 from ..protocols import Protocol
+from ..report import public_command
 from .report import draw_pictures, print_tables, write_report
 from .rows import load_rows
 from .run import diagnose
@@ -76,10 +76,6 @@ class DiagnosticsArguments:
             )
 
 
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Keeps the lines of the description."""
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     given = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(DiagnosticsArguments, description=__doc__, formatter_class=HelpFormatter)
@@ -99,9 +95,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     latent = {} if arguments.latent_size is None else {"latent_size": arguments.latent_size}
     answerer = Answerer(model, processor, arguments.max_new_tokens, arguments.batch_size, **latent)
     record = {
-        "command": shlex.join(
-            ["python", "-m", "evaluation.diagnostics", *(public_name(one) if "/" in one else one for one in given)]
-        ),
+        "command": public_command("evaluation.diagnostics", given),
         "model": public_name(arguments.model),
         "revision": arguments.revision,
         "dataset": public_name(arguments.dataset),
@@ -115,8 +109,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "seed": arguments.seed,
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
     }
-    record |= diagnose(
-        answerer, rows, protocol, arguments.budgets, arguments.num_target_frames, arguments.samples, arguments.seed
+    record |= _rounded(
+        diagnose(
+            answerer, rows, protocol, arguments.budgets, arguments.num_target_frames, arguments.samples, arguments.seed
+        )
     )
     write_whole(output / "diagnostics.json", json.dumps(record, indent=2) + "\n")
     draw_pictures(record, output)
@@ -127,6 +123,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         console.print(f"Left out {len(record['left_out'])} rows that can't be read, as {record['left_out'][0]}.")
     console.print(f"Written to {output}: diagnostics.json, pictures and {page.name}")
     return record
+
+
+def _rounded(value: Any) -> Any:
+    """Figures with six digits: more are noise, and twice the file."""
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -228,10 +228,11 @@ def test_the_command_writes_what_a_model_card_takes(checkpoint, dataset, tmp_pat
         assert str(tmp_path) not in json.dumps(body)
         lengths = {answer["latent_length"] for answer in body["answers"]}
         assert lengths == {0 if name == "off" else int(name[-1])}
-    assert written["force-k2"]["results"][0]["latent_mode"] == "force, 2 slots"
+    assert written["force-k2"]["results"][0]["latent_mode"] == "force 2"
     shown = capsys.readouterr().out
     assert "clips" in shown
-    assert "force, 2 slots" in shown.replace("\n", " ")
+    assert "force 2" in shown
+    assert "uniform4, prompt storms" in shown
 
 
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_answers(checkpoint, dataset, tmp_path):

@@ -171,7 +171,8 @@ def clustered_mean(
         independent = min(n, 1 + mean * (1 - mean) / variance) if variance > 0 else n
     centre = (mean + Z**2 / (2 * independent)) / (1 + Z**2 / independent)
     half = Z * np.sqrt(mean * (1 - mean) / independent + (Z / (2 * independent)) ** 2) / (1 + Z**2 / independent)
-    return mean, float(np.sqrt(variance)), [max(0.0, float(centre - half)), min(1.0, float(centre + half))]
+    low, high = max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    return mean, float(np.sqrt(variance)), [min(low, mean), max(high, mean)]  # at 0 and 1, rounding would part them
 
 
 def _weights(strata: np.ndarray) -> np.ndarray:
