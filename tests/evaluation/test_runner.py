@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, Features
+from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
 
 from dataset_builder.schema import FEATURES
 from dataset_builder.thought_video import encode_video
@@ -19,6 +21,7 @@ from evaluation.protocols import Protocol
 from evaluation.runner import Item, Journal, costs, run
 from model_card.render import check_results
 from tests.conftest import moving_disc
+from tests.dataset_builder.fault_server import fault_server, reply
 
 
 PROTOCOL = Protocol(num_frames=4)
@@ -260,6 +263,41 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_answers(checkpoint, data
     assert [{k: v for k, v in one.items() if k not in drop} for one in resumed["results"]] == [
         {k: v for k, v in one.items() if k not in drop} for one in whole["results"]
     ]
+
+
+def test_a_plain_checkpoint_reasons_in_text(pair, dataset, tmp_path):
+    plain = Qwen2_5_VLProcessor(
+        pair[2].image_processor,
+        pair[2].tokenizer,
+        Qwen2VLVideoProcessor(size=pair[2].video_processor.size),
+        chat_template=pair[2].chat_template,
+    )
+    for part in (pair[0], plain):
+        part.save_pretrained(tmp_path / "plain")
+    results = main([*flags(tmp_path / "plain", dataset, tmp_path / "out"), "--thinking"])
+    assert (results[0]["latent_mode"], results[0]["prompt"]) == ("none", "storms, thinking")
+    with pytest.raises(ValueError, match="without a latent mode"):
+        main([*flags(tmp_path / "plain", dataset, tmp_path / "out"), "--latent_mode", "force"])
+
+
+def test_free_form_answers_go_to_the_judge_once(checkpoint, dataset, tmp_path, monkeypatch):
+    rows = Dataset.from_parquet(str(dataset / "data" / "test-00000-of-00001.parquet"))
+    rows = rows.map(lambda row, index: {"options": row["options"] if index % 2 else []}, with_indices=True)
+    open_ended = tmp_path / "open"
+    shutil.copytree(dataset, open_ended)
+    rows.cast(Features(FEATURES)).to_parquet(open_ended / "data" / "test-00000-of-00001.parquet")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-4f9a1c7e2b8d6053")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with fault_server(lambda request: reply({"verdict": "correct"})) as server:
+        judge = ["--judge_model", "grader-1", "--judge_base_url", server.base_url]
+        for _ in range(2):
+            (result,) = main([*flags(checkpoint, open_ended, tmp_path / "out"), *judge])
+        assert len(server.requests) == 3
+    answers = json.loads((tmp_path / "out" / "default.json").read_text())["answers"]
+    assert [answer["rule"] == "judge" for answer in answers] == [True, False] * 3
+    assert all(answer["is_correct"] for answer in answers[::2])
+    assert result["judge"]["model"] == "grader-1"
+    assert result["judge"]["num_judged"] == 3
 
 
 @pytest.mark.slow

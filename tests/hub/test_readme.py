@@ -14,6 +14,7 @@ import torch
 from dataset_builder.__main__ import main as dataset_builder
 from recipes.init_checkpoint import build_tiny_base
 
+from ..evaluation.test_benchmarks import mvbench, videomme
 from .server import loopback_hub
 from .test_publishing import RESULT
 
@@ -22,7 +23,13 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 # The commands are for GPUs; these flags let them run here, on a tiny model.
-HERE = "--use_cpu true --bf16 false --max_steps 2 --num_frames 4 --per_device_eval_batch_size 2 --eval_answers 2"
+TRAIN_HERE = "--use_cpu true --bf16 false --max_steps 2 --num_frames 4 --per_device_eval_batch_size 2 --eval_answers 2"
+HERE = {
+    "accelerate": TRAIN_HERE,
+    # Benchmarks are small copies in this folder.
+    "evaluation": "--data_root copies --allow_subset --num_workers 0 --max_new_tokens 4",
+    "evaluation.diagnostics": "--max_questions 2 --protocol uniform4 --budgets 1 --samples 100 --max_new_tokens 4",
+}
 
 # What stands before a snippet that continues the reader's own code.
 BATCH = """
@@ -56,12 +63,14 @@ def reader(tmp_path, clip):
     base, processor = build_tiny_base()
     base.to(torch.bfloat16).save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
-    flags = ["--world", "shell_game", "--num_rows", "8", "--validation_fraction", "0.25", "--test_fraction", "0"]
+    flags = ["--world", "shell_game", "--num_rows", "8", "--validation_fraction", "0.25", "--test_fraction", "0.25"]
     dataset_builder(["build", *flags, "--output", str(tmp_path / "published")])
     folder = tmp_path / "reader"
     folder.mkdir()
     (folder / "recipes").symlink_to(ROOT / "recipes")
     (folder / "clip.mp4").write_bytes(clip.read_bytes())
+    for copy in (videomme, mvbench):
+        copy(folder / "copies" / copy.__name__, clip.read_bytes())
     (folder / "results.json").write_text(json.dumps({"results": [RESULT]}))
     with loopback_hub() as hub:
         for repo_id, source in (
@@ -109,7 +118,7 @@ def test_every_snippet_runs_as_it_stands(reader):
             if command[:1] == ["make"]:
                 assert f"\n{command[1]}:" in (ROOT / "Makefile").read_text()
             elif command:
-                command += shlex.split(HERE) if command[0] == "accelerate" else []
+                command += shlex.split(HERE.get(command[2 if command[1] == "-m" else 0], ""))
                 run(*command)
                 num_run += 1
     assert num_run >= 8

@@ -110,6 +110,17 @@ def test_the_gate_says_what_is_missing():
     ]
 
 
+def test_the_diagnostics_that_are_shown_were_measured():
+    found = json.loads((Path(gate.__file__).parent / "results" / "gate_diagnostics.json").read_text())
+    readme = (Path(gate.__file__).parents[2] / "README.md").read_text()
+    measured = [found["oracle"], *(found["components"][name] for name in ("intact", "off", "markers"))]
+    measured += [*found["latents"].values(), *(found["videos"][name] for name in ("other_video", "reversed_frames"))]
+    for one in measured:
+        figures = [one["accuracy"]["mean"], *one["accuracy"]["interval"]]
+        assert "| {:.1f} ({:.1f} to {:.1f}) |".format(*(100 * figure for figure in figures)) in readme
+    assert found["verdict"]["text"] in " ".join(readme.split())
+
+
 def test_the_gate_that_is_shown_was_passed():
     results = json.loads((Path(gate.__file__).parent / "results" / "gate.json").read_text())
     assert gate.shortfalls(results) == []
