@@ -8,7 +8,8 @@
 The model may be a STORMS or a plain Qwen2.5-VL checkpoint. Benchmarks come from the Hub, or from folders of the same
 layout under --data_root; a name with a slash, or that is a folder, is a dataset of `dataset_builder`'s schema. Each
 combination of --latent_mode and --latent_size is a run of its own, with a JSON file of all its answers. The same
-command goes on where a killed one stopped: an answer that is there is not asked for again.
+command goes on where a killed one stopped: an answer that is there is not asked for again, and what failed is tried
+again. A model, prompt or protocol of its own needs an --output of its own.
 """
 
 import json
@@ -16,6 +17,7 @@ import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,12 @@ from transformers import HfArgumentParser
 
 from model_card.push import write_whole
 from model_card.render import public_name
+from modeling_storms.latent_storms import LatentOptions
 
 from .answering import Answerer, checkpoint_stamp, load_model
 from .benchmarks import BENCHMARKS, load_benchmark
 from .benchmarks.base import Benchmark
-from .judge import Judge, judge_answers
+from .judge import Judge, JudgeError, judge_answers
 from .prompts import PROMPTS
 from .protocols import Protocol
 from .report import print_table, public_command, summarise
@@ -55,6 +58,9 @@ class EvaluationArguments:
     output: str = _option("results", "Folder of the JSON files, and of what a killed run goes on from.")
     revision: str | None = _option(None, "Commit, tag or branch of --model on the Hub.")
     data_root: str | None = _option(None, "Folder that holds a folder for each benchmark; the Hub by default.")
+    benchmark_revision: str | None = _option(
+        None, "Commit, tag or branch of the benchmark on the Hub; with it, ask one benchmark at a time."
+    )
     split: str | None = _option(None, "Split of datasets of the builder's schema (test).")
     video_root: str | None = _option(None, "Folder of the videos that such a dataset names by path.")
     max_questions: int | None = _option(None, "Draw so many of each benchmark, the same in every run.")
@@ -87,6 +93,10 @@ class EvaluationArguments:
         self.protocol = self.protocol or f"uniform{32 if self.frames is None else self.frames}"
         if self.prompt not in PROMPTS:
             raise ValueError(f"--prompt: saw {self.prompt!r}, expected one of {', '.join(PROMPTS)}.")
+        if self.benchmark_revision is not None and len(_names(self.benchmarks)) > 1:
+            raise ValueError(f"--benchmark_revision {self.benchmark_revision}: give one benchmark, each has its own.")
+        for options in self.latent_settings():
+            LatentOptions(**options)
         if self.open_ended and self.judge_model is None:
             raise ValueError("--open_ended asks questions that a judge must score. Name one by --judge_model.")
         for name in ("max_questions", "max_new_tokens", "batch_size"):
@@ -99,7 +109,7 @@ class EvaluationArguments:
         """Options of `generate` for each run of the sweep; only what was given.
 
         Raises:
-            ValueError: if a size is no positive number.
+            ValueError: if a size is no number.
         """
         modes: list[str | None] = [None] if self.latent_mode is None else list(_names(self.latent_mode))
         sizes: list[int | None] = [None]
@@ -127,11 +137,16 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 
 def load_benchmarks(arguments: EvaluationArguments) -> list[Benchmark]:
-    """The benchmarks that were asked for."""
-    return [
+    """The benchmarks that were asked for.
+
+    Raises:
+        ValueError: see `load_benchmark`; or if two have one name, by which answers are kept apart.
+    """
+    benchmarks = [
         load_benchmark(
             name,
             data_root=arguments.data_root,
+            revision=arguments.benchmark_revision,
             subtitles=arguments.subtitles,
             open_ended=arguments.open_ended,
             split=arguments.split,
@@ -141,6 +156,31 @@ def load_benchmarks(arguments: EvaluationArguments) -> list[Benchmark]:
         )
         for name in _names(arguments.benchmarks)
     ]
+    names = [benchmark.name for benchmark in benchmarks]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"--benchmarks {arguments.benchmarks}: saw the names {', '.join(names) or 'of none'}, expected at least "
+            "one and each once. Evaluate datasets of one name in runs of their own."
+        )
+    return benchmarks
+
+
+def check_output(path: Path, settings: dict[str, Any], names: Sequence[str]) -> None:
+    """Whether a run's file may be written.
+
+    Raises:
+        ValueError: if another run's results are there, which would be lost.
+    """
+    if not path.exists():
+        return
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    asked = json.loads(json.dumps(settings))
+    unlike = [name for name in asked if earlier["settings"].get(name) != asked[name]]
+    unlike += sorted({one["benchmark"] for one in earlier["results"]} - set(names))
+    if unlike:
+        raise ValueError(
+            f"{path} holds the results of another run ({', '.join(unlike)}). Give another --output, or remove it."
+        )
 
 
 def label(options: dict[str, Any]) -> str:
@@ -158,13 +198,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         arguments.protocol, min_frame_pixels=arguments.min_frame_pixels, max_frame_pixels=arguments.max_frame_pixels
     )
     sweep = arguments.latent_settings()
-    state = PartialState(cpu=not torch.cuda.is_available())
+    # Others wait while the main process downloads or a judge judges, and for the one with the longest videos: hours,
+    # not NCCL's ten minutes.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
     with state.main_process_first():  # downloads and unpacks
         benchmarks = load_benchmarks(arguments)
     model, processor = load_model(arguments.model, arguments.revision, arguments.dtype, arguments.attention)
     model.to(state.device)
     stamp = checkpoint_stamp(arguments.model, model)
-    prompt = f"{arguments.prompt}{', thinking' * arguments.thinking}"
+    prompt = f"{arguments.prompt}{', thinking' * arguments.thinking}{', subtitles' * arguments.subtitles}"
     command = public_command("evaluation", given)
     output = Path(arguments.output)
     results: list[dict[str, Any]] = []
@@ -177,11 +219,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             "revision": arguments.revision,
             "stamp": stamp,
             "protocol": asdict(protocol),
+            "frame_pixels": protocol.frame_size(processor.video_processor.size),
             "prompt": prompt,
             "max_new_tokens": arguments.max_new_tokens,
             "latent": latent,
             "dtype": str(model.dtype).removeprefix("torch."),
         }
+        path = output / f"{label(options)}.json"
+        check_output(path, settings, [benchmark.name for benchmark in benchmarks])
         # 1. Answers, all benchmarks together.
         items = [
             Item(benchmark, question, arguments.prompt, arguments.thinking, json.dumps(settings, sort_keys=True))
@@ -204,7 +249,6 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 own, verdicts = judge_answers(judge, benchmark, own)
             entries.append(summarise(benchmark, own, protocol.name, prompt, mode, command, verdicts))
             scored += own
-        path = output / f"{label(options)}.json"
         body = {"results": entries, "settings": settings, "costs": costs(scored), "answers": scored}
         write_whole(path, json.dumps(body, indent=2) + "\n")
         results += entries
@@ -217,6 +261,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 def _print_costs(totals: Sequence[tuple[str, dict[str, float]]]) -> None:
     table = Table("answers in", "questions/s", "s/question", "median latency", "video tokens", "if not shared")
+    table.caption = "Seconds of the model alone, on one device."
     for path, one in totals:
         if one:
             figures = [one[name] for name in ("questions_per_second", "seconds_per_question", "latency_median")]
@@ -226,4 +271,12 @@ def _print_costs(totals: Sequence[tuple[str, dict[str, float]]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError, JudgeError) as error:
+        raise SystemExit(f"Error: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(
+            f"Error: {error} Lower --batch_size, --frames or --max_frame_pixels. Answers so far are kept: the same "
+            "command goes on from there with another --batch_size."
+        ) from error

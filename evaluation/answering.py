@@ -35,7 +35,8 @@ MEDIA = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
 def load_model(name: str, revision: str | None = None, dtype: str = "auto", attention: str | None = None) -> Any:
     """A STORMS or plain Qwen2.5-VL checkpoint and its processor, on the GPU if there is one.
 
-    A plain checkpoint gets our video processor with its own settings: videos are decoded alike for both.
+    A plain checkpoint gets our video processor with its own settings: videos are decoded alike for both. Where it has
+    pixel limits for images only, videos get the defaults, as in `python -m recipes.init_checkpoint`.
 
     Returns:
         `tuple` of the model in evaluation mode and the processor.
@@ -55,6 +56,9 @@ def load_model(name: str, revision: str | None = None, dtype: str = "auto", atte
         plain: Any = AutoProcessor.from_pretrained(name, revision=revision)
         settings = plain.video_processor.to_dict()
         settings.pop("video_processor_type", None)
+        # The library takes a released repository's limits for images, 12.8 million pixels, for frames of videos.
+        if settings["size"] == plain.image_processor.to_dict()["size"]:
+            settings["size"] = dict(StormsVideoProcessor.size)
         settings |= {"do_sample_frames": True, "num_frames": None, "cap_pixels_per_frame": True}
         processor = Qwen2_5_VLProcessor(
             plain.image_processor, plain.tokenizer, StormsVideoProcessor(**settings), chat_template=plain.chat_template
@@ -66,7 +70,8 @@ def checkpoint_stamp(name: str, model: Any) -> str | None:
     """What tells a checkpoint from another one under the same name: a commit, or a hash of a folder's files' times."""
     if not Path(name).is_dir():
         return getattr(model.config, "_commit_hash", None)
-    files = [path for path in sorted(Path(name).iterdir()) if path.suffix in (".safetensors", ".bin", ".json")]
+    kinds = (".safetensors", ".bin", ".json", ".jinja")
+    files = [path for path in sorted(Path(name).iterdir()) if path.suffix in kinds]
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
@@ -372,7 +377,9 @@ class Answerer:
             stopping_criteria=stop,
             output_logits=keep_logits,
             return_dict_in_generate=True,
-            **{"do_sample": False, **options},
+            # Released checkpoints have a repetition penalty, which would count the letters of the options as said, and
+            # a batch's padding with them.
+            **{"do_sample": False, "repetition_penalty": 1.0, **options},
         )
         new_ids = out.sequences[:, length:]
         texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)

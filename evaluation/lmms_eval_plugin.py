@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
@@ -70,6 +71,7 @@ class Storms(lmms):
         max_batch_size: int | None = None,
     ):
         super().__init__()
+        self.accelerator = Accelerator()  # by which lmms-eval's processes wait for each other
         pixels = {"min_frame_pixels": min_frame_pixels, "max_frame_pixels": max_frame_pixels}
         self.protocol = Protocol.named(protocol, **pixels)
         model, self.processor = load_model(pretrained, revision, dtype, attention)

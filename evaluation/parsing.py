@@ -30,7 +30,8 @@ def parse_choice_with_rule(text: str, options: Mapping[str, str]) -> tuple[str |
     - `whole_option`: nothing but one option's text.
     - `leading_letter`: "C. text", "(C) text", "C: text", "C) text". Not "A man runs", and not a list of the options;
       unparsed if a later "answer is" names another letter.
-    - `answer_statement`: the last "answer is C", "answer: C" or "C is the answer". Not "the answer is A man".
+    - `answer_statement`: the last "answer is C", "answer: C", "C is the answer", "I choose C" or "Therefore, C." Not
+      "the answer is A man".
     - `option_statement`: "option C", where all such mentions agree, apart from those like "option B is wrong".
     - `option_text`: the only option whose text occurs, word by word, case and punctuation aside. A text that occurs
       only within a longer option's text does not count, nor one that follows "not".
@@ -188,17 +189,32 @@ _JOINT = re.compile(
 )
 _NAMES_NO_MORE = re.compile(r"[*_)\]} \t]*(?:$|[\n.,;/&]|(?:or|and)\b)")
 _ANSWER_IS = re.compile(
-    r"\b(?:answer|option|choice)(?:[ \t]+(?:choice|option|letter))?(?:[ \t]+to[ \t]+(?:the|this)[ \t]+question)?"
-    r"[\s*_\"']*(?:\b(?:is|(?:would|should|must|will)[ \t]+be)\b|[:=])[\s*_:,]*"
+    r"(?:\b(?:answer|option|choice|(?:best|correct|right)[ \t]+one)(?:[ \t]+(?:choice|option|letter))?"
+    r"(?:[ \t]+to[ \t]+(?:the|this)[ \t]+question)?"
+    r"[\s*_\"']*(?:\b(?:is|(?:would|should|must|will)[ \t]+(?:(?:clearly|likely|most[ \t]+likely|then)[ \t]+)?be)\b"
+    r"|[:=]|[ \t]-(?=[ \t]))|\b(?:correct|selected)[*_]*[:=])[\s*_:,]*"
+    r"(?:not[ \t]+[*_(]*[A-Z][*_)]*,?[ \t]+but[ \t]+(?:rather[ \t]+)?)?"
     r"(?:(?:clearly|definitely|indeed|likely|most[ \t]+likely|probably|simply|therefore|thus)\b[\s,]*)*"
     r"(?P<noun>(?:the[ \t]+)?(?:letter|option|choice)\b[\s:]*)?",
     re.IGNORECASE,
 )
 _IS_THE_ANSWER = re.compile(
     r"(?:^|[.!?:;,(]|\b(?:[Ss]o|[Tt]hus|[Tt]herefore|[Hh]ence|that|[Oo]ption|[Cc]hoice|[Ll]etter)\b)"
-    r"[ \t*_\"'(\[]{0,6}(?P<letter>[A-Z])[)\]}*_\"']{0,6}[ \t]+is[ \t]+(?:the|my)[ \t]+"
-    r"(?:(?:accurate|appropriate|best|correct|final|likely|most|only|right)[ \t]+)*(?:answer|option|choice)\b",
+    r"[ \t*_\"'(\[]{0,6}(?P<letter>[A-Z])[)\]}*_\"']{0,6}[ \t]+is[ \t]+(?:(?:clearly[ \t]+)?(?:correct|right)\b"
+    r"|(?:the|my)[ \t]+(?:(?:accurate|appropriate|best|correct|final|likely|most|only|right)[ \t]+)*"
+    r"(?:answer|option|choice)\b)",
     re.MULTILINE,
+)
+# "Therefore, B." and "It's (B)", at a line's end: elsewhere a capital begins what follows, as in "So, A man runs".
+_CONCLUDES = re.compile(
+    r"\b(?i:so|thus|therefore|hence|it[ \t]+is|it's)[,:]?[ \t*_\"'(\[]{1,6}(?P<letter>[A-Z])[)\]}*_\"']{0,6}"
+    r"(?=[.!]?[ \t*_]*$)",
+    re.MULTILINE,
+)
+_CHOOSES = re.compile(
+    r"\b(?:choose|go[ \t]+with|opt[ \t]+for|pick|select)[ \t]+(?:the[ \t]+)?"
+    r"(?P<noun>(?:answer|choice|letter|option)\b[\s:]*)?",
+    re.IGNORECASE,
 )
 _SUPPOSED = re.compile(r"\b(?:if|suppose|unless|whether)\s+(?:that\s+)?(?:the\s+)?(?:\w+\s+)?[*_(\[]*$", re.IGNORECASE)
 _OPTION = re.compile(r"\b(?P<noun>option|choice|answer)[ \t]+", re.IGNORECASE)
@@ -243,6 +259,12 @@ def _answer_statement(text: str, options: Mapping[str, str]) -> str | None:
     statements = [
         *((match.start(), match.end(), match["noun"] is not None) for match in _ANSWER_IS.finditer(text)),
         *((match.start("letter"), match.start("letter"), True) for match in _IS_THE_ANSWER.finditer(text)),
+        *((match.start(), match.start("letter"), True) for match in _CONCLUDES.finditer(text)),
+        *(
+            (match.start(), match.end(), match["noun"] is not None)
+            for match in _CHOOSES.finditer(text)
+            if not _REFUSED_BEFORE.search(text[max(0, match.start() - 40) : match.start()])
+        ),
     ]
     for start, letter_start, follows_noun in sorted(statements, reverse=True):
         if _SUPPOSED.search(text[max(0, start - 40) : start]):

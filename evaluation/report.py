@@ -36,7 +36,8 @@ def summarise(
 
     Returns:
         `dict`: the fields of `RESULT_FIELDS`; `revision`, `standard_error`, `interval`, `chance`, `num_videos`,
-        `parse_failure_rate`, `decode_failure_rate`, `mean_over` and `categories` as the metric returns them; `judge`.
+        `parse_failure_rate`, `decode_failure_rate`, `mean_over` and `categories` as the metric returns them;
+        `is_subset`, where it is of fewer questions than the benchmark has; `judge`.
 
     Raises:
         ValueError: if there is not exactly one answer to each question: a result would hide what is missing.
@@ -71,6 +72,7 @@ def summarise(
         "num_rows": found.pop("n"),
         "mean_over": benchmark.mean_over,
         **found,
+        "is_subset": benchmark.is_subset,
         "protocol": protocol,
         "prompt": prompt,
         "latent_mode": latent_mode,
@@ -88,11 +90,10 @@ def print_table(results: Sequence[Mapping[str, Any]], console: Console | None = 
     """
     shown = {f"{one['protocol']}, prompt {one['prompt']}": None for one in results}
     headings = ("benchmark", "latents", "accuracy", "95% interval", "chance", "n", "videos", "unread", "broken")
-    table = Table(
-        *headings,
-        title="; ".join(shown),
-        caption="In percent. Wrong are also answers that could not be read, and those to broken videos.",
-    )
+    caption = "In percent. Wrong are also answers that could not be read, and those to broken videos."
+    if any(one["is_subset"] for one in results):
+        caption += " * Not all of the benchmark's questions: no result to compare with others'."
+    table = Table(*headings, title="; ".join(shown), caption=caption)
     for one in results:
         table.add_row(
             one["benchmark"],
@@ -100,7 +101,7 @@ def print_table(results: Sequence[Mapping[str, Any]], console: Console | None = 
             percent(one["value"]),
             interval_text(one["interval"]),
             percent(one["chance"]),
-            str(one["num_rows"]),
+            f"{one['num_rows']}{'*' * one['is_subset']}",
             str(one["num_videos"]),
             percent(one["parse_failure_rate"]),
             percent(one["decode_failure_rate"]),
@@ -110,12 +111,12 @@ def print_table(results: Sequence[Mapping[str, Any]], console: Console | None = 
 
 def public_command(module: str, given: Sequence[str]) -> str:
     """A command as it may be published: folders of this machine by their last part."""
-    parts = []
-    for argument in given:
-        name, equals, value = argument.rpartition("=")
-        values = (public_name(one) if "/" in one else one for one in value.split(","))
-        parts.append(name + equals + ",".join(values))
-    return shlex.join(["python", "-m", module, *parts])
+
+    def public(value: str) -> str:  # also of `--output=FOLDER`, and of `NAME=FOLDER,NAME=FOLDER`
+        name, equals, path = value.rpartition("=")
+        return name + equals + (public_name(path) if "/" in path else path)
+
+    return shlex.join(["python", "-m", module, *(",".join(map(public, one.split(","))) for one in given)])
 
 
 def percent(share: float | None) -> str:

@@ -89,13 +89,14 @@ class Journal:
         self.folder, self.path = folder, folder / f"answers-{rank:05d}.jsonl"
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """Answers by key. A line that a kill cut off is none."""
+        """Answers by key; a failure only where there is no answer. A line that a kill cut off is none."""
         answers = {}
         for path in sorted(self.folder.glob("answers-*.jsonl")):
             for line in path.read_bytes().split(b"\n"):
                 try:
                     answer = json.loads(line)
-                    answers[answer["key"]] = answer
+                    if not answer.get("failure") or answer["key"] not in answers:
+                        answers[answer["key"]] = answer
                 except (ValueError, KeyError, TypeError):
                     continue
         return answers
@@ -152,7 +153,8 @@ def run(
         answerer (`Answerer`): the model and how it generates.
         items (`Sequence[Item]`): with keys that differ.
         protocol (`Protocol`): frames and pixels.
-        journal (`Journal`): answers of an earlier, perhaps killed, run are taken from there.
+        journal (`Journal`): answers of an earlier, perhaps killed, run are taken from there; what failed is tried
+            again, as a disk or a network may be back.
         num_workers (`int`): processes that decode; 0 decodes between batches.
         share_prefix (`bool`): encode a video once for all its questions.
         state (`PartialState`, *optional*): under `accelerate launch` each process asks its part.
@@ -161,7 +163,7 @@ def run(
         One answer an item, in order; on every process.
     """
     wanted = {item.key for item in items}
-    done = {key: answer for key, answer in journal.read().items() if key in wanted}
+    done = {key: answer for key, answer in journal.read().items() if key in wanted and not answer["failure"]}
     # 1. Questions that share a clip, and this process's part of them.
     groups: dict[Any, list[Item]] = defaultdict(list)
     for number, item in enumerate(items):
@@ -176,7 +178,7 @@ def run(
     loader = DataLoader(clips, batch_size=None, num_workers=num_workers, prefetch_factor=2 if num_workers else None)
     # 2. A window of clips at a time, the longest first, so that rows of a batch are of about one length.
     bar = tqdm(
-        total=len(items),
+        total=len(done) + sum(map(len, mine)),
         initial=len(done),
         desc="answer",
         unit="question",

@@ -1,6 +1,7 @@
 """Many questions at once, on one encoded prefix a video, get the answers that each gets alone."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -174,6 +175,48 @@ def test_a_plain_checkpoint_is_read_and_decoded_like_ours(pair, processor, tmp_p
     assert texts[0] == texts[1]
     with pytest.raises(ValueError, match="without a latent mode"):
         Answerer(copy.copy(reference), plain, latent_mode="force")
+
+
+def test_a_plain_checkpoint_with_pixel_limits_for_images_only_sees_videos_as_ours_does(pair, processor, tmp_path):
+    pair[0].save_pretrained(tmp_path)
+    processor.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(processor.chat_template)
+    # As in the released repositories, which have no other file of a processor.
+    released = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
+    released |= {"min_pixels": 3136, "max_pixels": 12845056}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(released))
+    own = load_model(str(tmp_path))[1]
+    expected = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
+    assert Protocol.named("uniform32").frame_size(own.video_processor.size) == expected
+
+
+def test_a_repetition_penalty_of_the_checkpoint_changes_no_answer(pair, processor, clips):
+    model = pair[1].eval()
+    answerer = Answerer(model, processor, max_new_tokens=12, latent_mode="off")
+    expected = [[reply.text for reply in given] for given in answerer.answer(clips, QUESTIONS)]
+    own = model.generation_config
+    model.generation_config = copy.deepcopy(own)
+    model.generation_config.repetition_penalty = 3.0
+    try:
+        penalised = [[reply.text for reply in given] for given in answerer.answer(clips, QUESTIONS)]
+    finally:
+        model.generation_config = own
+    assert penalised == expected
+
+
+def test_rows_of_a_batch_that_open_their_blocks_or_not_answer_as_alone(pair, processor, clips):
+    model = pair[1].eval()
+    bias = [[[model.latent_tokens.start], 1.7]]  # so that some open one, sooner or later
+    options = {"latent_mode": "auto", "latent_size": 3, "sequence_bias": bias}
+    together = Answerer(model, processor, 12, 6, **options).answer(clips, QUESTIONS)
+    one = Answerer(model, processor, 12, 1, **options)
+    lengths = []
+    for clip, given, replies in zip(clips, QUESTIONS, together):
+        for text, reply in zip(given, replies):
+            alone = one.answer([clip], [[text]])[0][0]
+            assert (reply.text, reply.latent_stop_reason) == (alone.text, alone.latent_stop_reason)
+            lengths.append(reply.latent_length)
+    assert set(lengths) == {0, 3}
 
 
 def test_another_kind_of_model_is_refused(tmp_path):

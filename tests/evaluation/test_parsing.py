@@ -93,6 +93,24 @@ def test_a_list_of_options_does_not_hide_the_statement_after_it():
             "The answer is the letter \N{LEFT DOUBLE QUOTATION MARK}C",
             "Answer: C)",
         ),
+        *("The answer would most likely be C", "So C is correct.", "C is correct", "Therefore, C.", "I choose C."),
+        *(
+            "I would choose C.",
+            "I'd go with C",
+            "It's C.",
+            "Correct: C",
+            "**Selected:** C",
+            "Answer - C",
+            "hence (C).",
+        ),
+        *("Therefore, the correct one is C.", "The answer is not A but C", "I would not pick A. I pick (C)"),
+        *(
+            "I select option C",
+            "I choose option C.",
+            "B is incorrect. C is right.",
+            "So, it is C",
+            "A man runs. Thus **C**",
+        ),
         *("The answer is C. And a man runs.", "Is A the answer? Answer: C", "the answer should be C\nSee option B"),
     ],
 )
@@ -116,6 +134,12 @@ def test_the_last_statement_of_an_answer_decides(text):
         ("The answer is **A** man", "A"),
         ("The answer is (a) man", "A"),
         ("The best option A shows it", "A"),
+        ("I choose A man", None),
+        ("So, A man runs.", None),
+        ("It is A man", None),
+        ("I would choose a woman", "B"),
+        ("I would not choose A", None),
+        ("If A is correct, he runs", None),
     ],
 )
 def test_an_article_is_no_letter_but_a_named_letter_is(text, answer):
@@ -144,7 +168,7 @@ def test_letters_that_contradict_each_other_or_name_no_option_are_no_answer(text
 @pytest.mark.parametrize(
     "text",
     [
-        *("Option C", "I choose option C.", "Option B is wrong, so option C.", "Options A and B are wrong: option C"),
+        *("Option C", "Option B is wrong, so option C.", "Options A and B are wrong: option C"),
         *(
             "Option C, since option A does not fit",
             "I rule out option A and take option C",

@@ -18,6 +18,7 @@ from evaluation.__main__ import EvaluationArguments, label, main
 from evaluation.answering import Answerer
 from evaluation.benchmarks.base import Benchmark, Question
 from evaluation.protocols import Protocol
+from evaluation.report import public_command
 from evaluation.runner import Item, Journal, costs, run
 from model_card.render import check_results
 from tests.conftest import moving_disc
@@ -163,6 +164,17 @@ def test_what_cannot_be_asked_is_counted_and_the_rest_is_asked(answerer, benchma
         assert (answer["is_correct"], answer["is_parsed"], answer["text"]) == (False, False, "")
 
 
+def test_what_failed_is_tried_again_and_an_answer_outdoes_a_failure(answerer, benchmark, tmp_path):
+    (item,) = items(replace(benchmark, questions=benchmark.questions[:1]))
+    failure = {"key": item.key, "failure": "OSError: stale file handle", "is_correct": False}
+    Journal(tmp_path, rank=1).write([failure])
+    for _ in range(2):
+        (answer,) = run(answerer, [item], PROTOCOL, Journal(tmp_path))
+        assert answer["failure"] == ""
+        assert answer["num_frames"] == 4
+    assert len((tmp_path / "answers-00000.jsonl").read_text().splitlines()) == 1
+
+
 def test_a_clip_is_cut_before_frames_are_sampled(answerer, benchmark, tmp_path):
     part = replace(benchmark, questions=[replace(benchmark.questions[0], start=1.0, end=2.0)])
     (answer,) = run(answerer, items(part), Protocol(num_frames=2), Journal(tmp_path))
@@ -265,6 +277,37 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_answers(checkpoint, data
     ]
 
 
+def test_results_of_another_run_are_not_overwritten(checkpoint, dataset, tmp_path):
+    given = flags(checkpoint, dataset, tmp_path / "out")
+    assert main(given) == main(given)
+    before = (tmp_path / "out" / "default.json").read_bytes()
+    with pytest.raises(ValueError, match=r"results of another run \(prompt, max_new_tokens\)\. Give another --output"):
+        main([*given, "--thinking", "--max_new_tokens", "9"])
+    shutil.copytree(dataset, tmp_path / "others")
+    given[given.index(str(dataset))] = str(tmp_path / "others")
+    with pytest.raises(ValueError, match=r"another run \(clips\)"):
+        main(given)
+    assert (tmp_path / "out" / "default.json").read_bytes() == before
+
+
+def test_two_datasets_of_one_name_are_refused_before_a_question_is_asked(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / dataset.name)
+    with pytest.raises(ValueError, match="saw the names clips, clips, expected at least one and each once"):
+        main(["--model", "no/such", "--benchmarks", f"{dataset},{tmp_path / dataset.name}"])
+
+
+def test_a_part_of_a_dataset_is_told_as_such(checkpoint, dataset, tmp_path, capsys):
+    (result,) = main([*flags(checkpoint, dataset, tmp_path), "--max_questions", "2"])
+    assert (result["is_subset"], result["num_rows"]) == (True, 2)
+    assert "2*" in capsys.readouterr().out
+
+
+def test_a_published_command_names_no_folder_of_this_machine():
+    given = ["--benchmarks", "simulated=/home/me/worlds,mmvu=/home/me/mmvu,mvbench", "--output=/home/me/out"]
+    expected = "python -m evaluation --benchmarks simulated=./worlds,mmvu=./mmvu,mvbench --output=./out"
+    assert public_command("evaluation", given) == expected
+
+
 def test_a_plain_checkpoint_reasons_in_text(pair, dataset, tmp_path):
     plain = Qwen2_5_VLProcessor(
         pair[2].image_processor,
@@ -329,6 +372,8 @@ def test_two_processes_share_the_questions(checkpoint, dataset, tmp_path):
         (["--protocol", "fps0_max8"], "expected numbers above 0"),
         (["--prompt", "magic"], "expected one of storms, official"),
         (["--latent_size", "many"], "expected numbers like 4,8"),
+        (["--latent_size", "0"], "latent_size is 0"),
+        (["--latent_mode", "off,on"], "latent_mode is 'on'"),
         (["--batch_size", "0"], "expected 1 or more"),
         (["--open_ended"], "Name one by --judge_model"),
         (["--min_frame_pixels", "100", "--max_frame_pixels", "50"], "more than --max_frame_pixels 50"),
