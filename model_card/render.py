@@ -91,6 +91,7 @@ def render_dataset_card(
 
 STAGES = {
     "init": "No training yet: the base model's weights, three latent tokens, the latent mode's code.",
+    "align": "Alignment of a new temporal projector, everything else frozen.",
     "sft": "Supervised fine-tuning on answers, without latent blocks.",
     "stage1": "Stage I: answers, and a regression of the latent states to features of thought videos.",
     "stage2": "Stage II: answers only, with gradients through the model's own latent states.",

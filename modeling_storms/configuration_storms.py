@@ -18,6 +18,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import Qwen2_5_VLConfig
 from transformers.utils import logging
 
+from .temporal_storms import TokenReducer
+
 
 logger = logging.get_logger(__name__)
 
@@ -53,14 +55,16 @@ class StormsConfig(Qwen2_5_VLConfig):
         latent_loss_weight (`float`, *optional*, defaults to 0.1):
             Weight of the Stage I regression to the thought video (STORMS, Sec. 3.3).
         temporal_projector (`dict`, *optional*):
-            Options of the Mamba projector between vision tower and language model (STORM, Sec. 3.2).
-        temporal_pool, spatial_pool, temporal_sampling (`int`, *optional*, defaults to 1):
-            Token reduction of videos: consecutive grid steps averaged, merged tokens averaged over a square, and
-            every s-th step kept. Only 1 (off) is implemented so far; any other value is an error.
+            Options of the Mamba projector between vision tower and language model, see `TemporalProjector`; None for
+            none (STORM, Sec. 3.2).
+        temporal_pool, spatial_pool, temporal_sampling (`int`, *optional*, defaults to 1), pool_images (`bool`):
+            Token reduction of videos, see `TokenReducer`. The processor's must be the same.
+        vision_chunk_size (`int`, *optional*, defaults to 65536):
+            Patches that run through the vision tower at once; a long video takes several passes, with the same result.
 
     Raises:
-        ValueError: if `latent_size` is below 1, if only some of the token ids are given or two of them are equal, or
-            if a reduction is asked for: a model that ignored it would see tokens the processor did not count.
+        ValueError: if `latent_size` or `vision_chunk_size` is below 1, if only some of the token ids are given or two
+            of them are equal, or if a reduction can't be.
     """
 
     model_type = "storms"
@@ -74,6 +78,8 @@ class StormsConfig(Qwen2_5_VLConfig):
     temporal_pool: int = 1
     spatial_pool: int = 1
     temporal_sampling: int = 1
+    pool_images: bool = False
+    vision_chunk_size: int = 65536
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -87,12 +93,15 @@ class StormsConfig(Qwen2_5_VLConfig):
                 f"latent_start_token_id, latent_pad_token_id and latent_end_token_id are {token_ids}, but must be "
                 "three different ids of the tokenizer. Run `python -m recipes.init_checkpoint` to set them."
             )
-        reduction = (self.temporal_projector, self.temporal_pool, self.spatial_pool, self.temporal_sampling)
-        if reduction != (None, 1, 1, 1):
+        if self.vision_chunk_size < 1:
             raise ValueError(
-                f"temporal_projector, temporal_pool, spatial_pool and temporal_sampling are {reduction}, but token "
-                "reduction is not implemented yet. Leave them at (None, 1, 1, 1)."
+                f"vision_chunk_size is {self.vision_chunk_size}, but at least 1 patch has to run at once."
             )
+        self.token_reducer()
+
+    def token_reducer(self) -> TokenReducer:
+        """What is done to visual tokens between projector and language model."""
+        return TokenReducer(self.temporal_pool, self.spatial_pool, self.temporal_sampling, self.pool_images)
 
 
 __all__ = ["StormsConfig"]

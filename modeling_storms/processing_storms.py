@@ -13,6 +13,8 @@
 # limitations under the License.
 """Processor of STORMS: Qwen2.5-VL's, with videos decoded by decord and latent tokens kept out of decoded text."""
 
+import math
+from dataclasses import astuple
 from functools import partial
 from numbers import Integral
 from os import PathLike, fspath
@@ -21,9 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import BatchFeature, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessorInitKwargs
 from transformers.utils import logging
 from transformers.video_utils import VideoMetadata, make_batched_metadata, make_batched_videos
 
+from .temporal_storms import TokenReducer
 from .video_storms import decode_video, fps_frame_indices, uniform_frame_indices
 
 
@@ -44,14 +48,31 @@ def _with_paths_as_text(videos: Any) -> Any:
     return [_with_paths_as_text(video) for video in videos] if isinstance(videos, (list, tuple)) else videos
 
 
+class StormsVideoProcessorKwargs(Qwen2VLVideoProcessorInitKwargs, total=False):  # type: ignore[call-arg]
+    """What a video processor and its calls take: Qwen2-VL's, and the model's token reduction, see `TokenReducer`."""
+
+    temporal_pool: int
+    spatial_pool: int
+    temporal_sampling: int
+    pool_images: bool
+
+
 # trf-ignore: TRF057 (documented by hand: the decorator knows only the library's own models)
 class StormsVideoProcessor(Qwen2VLVideoProcessor):
     """Samples `num_frames` (32) frames evenly, or `fps` a second up to `max_frames`, and decodes them with decord.
 
     A clip with fewer frames than asked for uses what it has and says so in the log. Pixel limits are those of
     Qwen2.5-VL (`size`), with the reference implementation's cap over the whole video.
+
+    `temporal_pool`, `spatial_pool`, `temporal_sampling` and `pool_images` are the model's (`TokenReducer`): the
+    processor writes as many placeholders as tokens will be left.
     """
 
+    valid_kwargs = StormsVideoProcessorKwargs
+    temporal_pool = 1
+    spatial_pool = 1
+    temporal_sampling = 1
+    pool_images = False
     do_sample_frames = True
     num_frames = 32
     cap_pixels_per_frame = True
@@ -146,7 +167,11 @@ class StormsProcessor(Qwen2_5_VLProcessor):
 
     # trf-ignore: TRF057 (documented by the class it extends)
     def __call__(self, images=None, text=None, videos=None, **kwargs) -> BatchFeature:
-        return super().__call__(images=images, text=text, videos=_with_paths_as_text(videos), **kwargs)
+        inputs = super().__call__(images=images, text=text, videos=_with_paths_as_text(videos), **kwargs)
+        reducer = self._reducer({**(kwargs.get("videos_kwargs") or {}), **kwargs})
+        if reducer != TokenReducer():
+            inputs["token_reduction"] = torch.tensor([int(number) for number in astuple(reducer)])
+        return inputs
 
     def _process_videos(self, videos, **kwargs):
         processed, replacements = super()._process_videos(videos, **kwargs)
@@ -157,6 +182,23 @@ class StormsProcessor(Qwen2_5_VLProcessor):
                     "a file, or video_metadata=[{'fps': ..., 'total_num_frames': ...}]."
                 )
         return processed, replacements
+
+    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
+        return self.video_token * self._num_left(video_inputs["video_grid_thw"][video_idx], self._reducer(kwargs))
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        reducer = self._reducer({}).for_images
+        return self.image_token * self._num_left(image_inputs["image_grid_thw"][image_idx], reducer)
+
+    def _reducer(self, given: dict[str, Any]) -> TokenReducer:
+        chosen = {name: given.get(name) for name in TokenReducer.__dataclass_fields__}
+        own = self.video_processor
+        return TokenReducer(**{name: getattr(own, name) if one is None else one for name, one in chosen.items()})
+
+    def _num_left(self, grid_thw: Any, reducer: TokenReducer) -> int:
+        steps, height, width = (int(one) for one in grid_thw)
+        merge = self.video_processor.merge_size
+        return math.prod(reducer.grid(steps, height // merge, width // merge))
 
     def batch_decode(self, sequences, *args, **kwargs) -> list[str]:
         """`tokenizer.batch_decode` without latent tokens, whatever `skip_special_tokens` says."""

@@ -1,6 +1,7 @@
 """What a training run can be told, by flags and YAML alike: TRL's own names, and what STORMS adds to them."""
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,10 +13,11 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from modeling_storms.latent_storms import LATENT_INPUTS, STOP_SUPERVISIONS
 
 
-STAGES = ("sft", "stage1", "stage2")
+STAGES = ("align", "sft", "stage1", "stage2")
+WITHOUT_BLOCKS = ("align", "sft")
 VISUAL_CONTEXTS = ("keyframes", "video", "both")
 TARGET_SOURCES = ("thought_video", "keyframes", "self_distilled")
-TRAINABLE = ("llm", "all")
+TRAINABLE = ("llm", "all", "projector")
 RESUME_FROM_LAST = ("last", "true", "True", "auto")
 
 
@@ -127,7 +129,22 @@ class StormsTrainingArguments(SFTConfig):
     remove_unused_columns: bool = False
     dataset_kwargs: dict[str, Any] | str | None = field(default_factory=lambda: {"skip_prepare_dataset": True})
     trainable: str = _option(
-        "llm", "What trains: llm (language model and head; vision tower frozen) or all. LoRA: see `--use_peft`."
+        "llm",
+        "What trains: llm (language model, head and temporal projector; vision tower frozen), all, or projector (that "
+        "alone). LoRA: see `--use_peft`.",
+    )
+    temporal_projector: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Give the model a temporal projector, which begins as the identity: options of Mamba-2, JSON or "
+            'in a YAML, such as {"num_layers": 2}; {} for the defaults. Otherwise the checkpoint\'s own, if any.'
+        },
+    )
+    temporal_pool: int | None = _option(
+        None, "Average so many consecutive grid steps of a video (two frames each). Saved with the checkpoint."
+    )
+    spatial_pool: int | None = _option(
+        None, "Average squares of so many visual tokens: 4, 9, 16. Saved with the checkpoint."
     )
     latent_size: int | None = _option(
         8,
@@ -158,6 +175,11 @@ class StormsTrainingArguments(SFTConfig):
     def __post_init__(self):
         super().__post_init__()
         _one_of("trainable", self.trainable, TRAINABLE)
+        if isinstance(self.temporal_projector, str):
+            try:
+                self.temporal_projector = json.loads(self.temporal_projector)
+            except ValueError as error:
+                raise ValueError(f"--temporal_projector: saw {self.temporal_projector!r}, expected JSON.") from error
         _one_of("latent_input", self.latent_input, (None, *LATENT_INPUTS))
         _one_of("target_source", self.target_source, TARGET_SOURCES)
         _one_of("stop_supervision", self.stop_supervision, STOP_SUPERVISIONS)
@@ -196,13 +218,13 @@ def check_stage(arguments: StormsTrainingArguments, stage: str) -> None:
     ignored: list[str] = []
     if stage != "stage1":
         ignored += ["latent_loss_weight"]
-        if stage == "sft" or arguments.latent_input != "rollout":
+        if stage in WITHOUT_BLOCKS or arguments.latent_input != "rollout":
             ignored += ["latent_input"]
-        if stage == "sft" or arguments.latent_size is not None:  # else a block is as long as its targets
+        if stage in WITHOUT_BLOCKS or arguments.latent_size is not None:  # else a block is as long as its targets
             ignored += ["target_source", "num_target_frames"]
     elif arguments.target_source != "thought_video":  # an own video's frames are those of the context
         ignored += ["num_target_frames"]
-    if stage == "sft":
+    if stage in WITHOUT_BLOCKS:
         ignored += ["latent_size", "latent_bottleneck", "stop_supervision"]
     defaults = StormsTrainingArguments.__dataclass_fields__
     wrong = [name for name in ignored if getattr(arguments, name) != defaults[name].default]
@@ -225,6 +247,9 @@ def parse_arguments(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     data, training, model_arguments = parser.parse_args_and_config(argv)
+    if stage == "align":
+        _one_of("trainable", training.trainable, ("llm", "projector"))  # the default means nothing here
+        training.trainable = "projector"
     check_stage(training, stage)
     if training.push_to_hub and training.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         raise ValueError(

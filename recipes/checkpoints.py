@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,24 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype if dtype in (None, "auto") else getattr(torch, dtype)}
     options |= {"attn_implementation": model_arguments.attn_implementation, "revision": model_arguments.model_revision}
     options |= training.model_init_kwargs if isinstance(training.model_init_kwargs, dict) else {}
+    # Saved with the checkpoint, so that inference does what training did.
+    reduction = {name: getattr(training, name) for name in ("temporal_projector", "temporal_pool", "spatial_pool")}
+    options |= {name: value for name, value in reduction.items() if value is not None}
     model = StormsForConditionalGeneration.from_pretrained(name, **options)
     processor = StormsProcessor.from_pretrained(name, revision=model_arguments.model_revision)
+    for field in fields(model.model.reducer):
+        setattr(processor.video_processor, field.name, getattr(model.model.reducer, field.name))
     training.model_init_kwargs = None  # used up
-    model.model.visual.requires_grad_(training.trainable == "all")
-    # Saved with the checkpoint, so that inference does what training did.
+    if training.trainable == "projector":
+        if model.model.temporal_projector is None:
+            raise ValueError(
+                f"{name} has no temporal projector, so nothing would train. Give it one: --temporal_projector "
+                "'{\"num_layers\": 2}'."
+            )
+        model.requires_grad_(False)
+        model.model.temporal_projector.requires_grad_(True)
+    else:
+        model.model.visual.requires_grad_(training.trainable == "all")
     if training.latent_size is not None:
         model.config.latent_size = model.generation_config.latent_size = training.latent_size
     if data.num_frames is not None:

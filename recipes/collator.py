@@ -154,7 +154,7 @@ class StormsCollator:
 
     Args:
         processor (`StormsProcessor`): the checkpoint's; its `num_frames` and pixel limits are used.
-        stage (`str`): `"sft"` (no blocks), `"stage1"` (blocks and targets) or `"stage2"` (blocks).
+        stage (`str`): `"align"` or `"sft"` (no blocks), `"stage1"` (blocks and targets) or `"stage2"` (blocks).
         latent_size (`int`, *optional*): K; None for one slot a token of the target.
         visual_context (`str`): `"keyframes"`, `"video"` or `"both"`.
         video_root (`str`, *optional*): folder of the rows' `video_path`.

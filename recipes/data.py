@@ -47,7 +47,7 @@ def load_data(
 
     Args:
         data, training: the run's arguments.
-        stage (`str`): `"sft"`, `"stage1"` or `"stage2"`.
+        stage (`str`): `"align"`, `"sft"`, `"stage1"` or `"stage2"`.
         target_settings (`dict`, *optional*): what targets would be made with now; stored ones must agree.
 
     Raises:

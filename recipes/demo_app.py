@@ -193,13 +193,13 @@ def answer(
 
 @torch.no_grad()
 def step_features(model: Any, inputs: Any) -> torch.Tensor:
-    """Mean visual token of each temporal grid step of one video, as the language model receives it.
+    """Mean visual token of each temporal grid step of one video, as the vision tower sees it.
 
     Returns:
         `torch.Tensor` of shape `(num_grid_steps, hidden_size)`.
     """
     pixels, grid = (inputs[name].to(model.device) for name in ("pixel_values_videos", "video_grid_thw"))
-    tokens = model.get_video_features(pixels, grid, return_dict=True).pooler_output[0]
+    tokens = model.get_target_features(pixels, grid)[0]  # before projector and reducer
     return tokens.unflatten(0, (int(grid[0, 0]), -1)).mean(1)
 
 

@@ -27,7 +27,7 @@ from model_card.push import HubError, explain, published_files, upload, write_wh
 from model_card.render import public_name, render_model_card
 
 from .answers import answer_rows
-from .arguments import RESUME_FROM_LAST, StormsTrainingArguments, parse_arguments
+from .arguments import RESUME_FROM_LAST, WITHOUT_BLOCKS, StormsTrainingArguments, parse_arguments
 from .checkpoints import last_checkpoint, list_runs, load_model, lora_config, save_static_files
 from .collator import IGNORED, TARGET_MEDIA, StormsCollator
 from .data import load_data
@@ -53,7 +53,7 @@ class StormsTrainer(SFTTrainer):
     accumulation and ranks included; ranks make the same number of passes; evaluation also answers rows by generation.
 
     Args:
-        stage (`str`): `"sft"`, `"stage1"` or `"stage2"`.
+        stage (`str`): `"align"`, `"sft"`, `"stage1"` or `"stage2"`.
         base_model (`str`, *optional*), dataset_names (`Sequence[str]`): what the card names.
         earlier (`Sequence[dict]`): records of the runs that made the base model, for the card.
         kwargs: of `SFTTrainer`; `data_collator` is a `StormsCollator`.
@@ -114,7 +114,7 @@ class StormsTrainer(SFTTrainer):
         kept = torch.nn.functional.pad(inputs["labels"][:, 1:] != IGNORED, (0, 1))
         # Before anything that ranks do together: encoding targets is one such thing.
         num_passes = self._agree_on_passes(model, inputs) if self.accelerator.num_processes > 1 else None
-        if self.stage != "sft":
+        if self.stage not in WITHOUT_BLOCKS:
             inputs |= self._latent_inputs(model, inputs, seeds, is_slot) | {"num_passes": num_passes}
             if self.args.stop_supervision != "none":
                 kept = kept | torch.nn.functional.pad(is_slot[:, 1:], (0, 1))
@@ -122,7 +122,7 @@ class StormsTrainer(SFTTrainer):
             inputs.pop(name, None)
         if num_items_in_batch is not None:
             inputs["num_items_in_batch"] = num_items_in_batch
-            if self.stage != "sft":
+            if self.stage not in WITHOUT_BLOCKS:
                 assert self._num_slots_in_batch is not None
                 inputs["num_slots_in_batch"] = self._num_slots_in_batch.clamp(min=1)
         outputs = model(**inputs, logits_to_keep=kept, use_cache=False)
@@ -480,7 +480,7 @@ class StormsTrainer(SFTTrainer):
             "seed",
             "trainable",
         )
-        if self.stage != "sft":
+        if self.stage not in WITHOUT_BLOCKS:
             chosen += ("latent_size", "latent_bottleneck", "stop_supervision")
         if self.stage == "stage1":
             chosen += ("latent_loss_weight", "target_source")
@@ -567,17 +567,17 @@ def run(stage: str, description: str | None, argv: Sequence[str] | None = None) 
     """What each script does: parse, load model and data, train, save, push.
 
     Args:
-        stage (`str`): `"sft"`, `"stage1"` or `"stage2"`.
+        stage (`str`): `"align"`, `"sft"`, `"stage1"` or `"stage2"`.
         description (`str`): of the script, for `--help`.
         argv (`Sequence[str]`, *optional*): flags, those of the command line by default.
     """
     data, training, model_arguments = parse_arguments(stage, description, argv)
     if training.push_to_hub and training.process_index == 0:
         _make_repository(training)
-    if stage == "sft":
+    if stage in WITHOUT_BLOCKS:
         training.latent_size = None  # without blocks, the checkpoint keeps the K it has
     model, processor = load_model(model_arguments, training, data)
-    if stage != "sft":
+    if stage not in WITHOUT_BLOCKS:
         # Inference does what training did: on rows that never saw the video past the slots, it should not begin to.
         model.generation_config.latent_bottleneck = training.latent_bottleneck == 1
     settings = target_settings(model, processor, training) if stage == "stage1" else None
@@ -597,7 +597,7 @@ def run(stage: str, description: str | None, argv: Sequence[str] | None = None) 
         num_target_frames=training.num_target_frames,
         cache={} if data.cache_rows else None,
     )
-    if stage != "sft" and training.latent_size is None:
+    if stage not in WITHOUT_BLOCKS and training.latent_size is None:
         # As many slots as a target has tokens; for inference, as many as that of the first row.
         first = next(row for row in train_dataset if not row.get("messages"))
         num_slots = collator.encode(first).input_ids.count(collator.pad_id)

@@ -205,6 +205,8 @@ def _members(archive: Path) -> Iterator[tuple[str, bool, Callable[[Path], Any]]]
             for member in tar:
                 if not member.isdir():
                     safe = not is_machine_path(member.name) and member.isreg()
-                    yield member.name, safe, partial(tar.extract, member, filter="data")
+                    # Early releases of Python 3.11 have no filters; what is safe here needs none.
+                    options: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+                    yield member.name, safe, partial(tar.extract, member, **options)
     else:
         raise ValueError(f"--video_root {str(archive)!r} is a file, but not a .zip or .tar archive. Give a folder.")

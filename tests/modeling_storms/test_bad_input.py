@@ -281,11 +281,6 @@ class TestConfig:
         with pytest.raises(ValueError, match="three different ids"):
             StormsConfig(**dict(zip(names, token_ids)))
 
-    @pytest.mark.parametrize("option", [{"temporal_pool": 2}, {"temporal_projector": {"num_layers": 1}}])
-    def test_token_reduction_is_refused_rather_than_ignored(self, option):
-        with pytest.raises(ValueError, match="not implemented yet"):
-            StormsConfig(**option)
-
     def test_the_plain_config_is_valid_and_makes_a_plain_model(self, model):
         names = ("latent_start_token_id", "latent_pad_token_id", "latent_end_token_id")
         config = StormsConfig(**{**model.config.to_dict(), **dict.fromkeys(names)})

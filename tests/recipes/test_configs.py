@@ -6,13 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from torch import nn
 
-from recipes import cache_targets, sft, stage1, stage2
+from modeling_storms.temporal_storms import TemporalProjector
+from recipes import align, cache_targets, sft, stage1, stage2
 from recipes.arguments import STAGES, DataArguments, StormsTrainingArguments, parse_arguments
 
 
@@ -66,7 +68,22 @@ def test_a_stages_config_says_on_what_it_was_run(path):
     assert any(word in first for word in ("untested", "measured", "minute", "second", "figures")), first
 
 
-@pytest.mark.parametrize("path", RELEASED, ids=relative)
+@pytest.mark.parametrize("path", [path for path in RELEASED if path.stem == "align"], ids=relative)
+def test_expected_memory_of_alignment_is_that_of_frozen_weights_and_a_projector(path):
+    total, hidden_size = {"qwen2_5_vl_7b": (8.29, 3584), "qwen2_5_vl_3b": (3.75, 2048)}[path.parent.name]
+    _, training, model = parse_arguments("align", None, ["--config", str(path), "--use_cpu", "true"])
+    assert model.dtype == "float32"
+    assert training.trainable == "projector"
+    with torch.device("meta"):
+        projector = TemporalProjector(hidden_size, training.temporal_projector)
+    billions = sum(parameter.numel() for parameter in projector.parameters()) / 1e9
+    text = header(path)
+    assert f"{billions:.3f}e9 x 16 bytes = {16 * billions:.1f}" in text
+    assert f"{total}e9 x 4 bytes = {4 * total:.1f} GB" in text
+    assert f"over {4 * total + 16 * billions:.0f} GB" in text
+
+
+@pytest.mark.parametrize("path", [path for path in RELEASED if path.stem != "align"], ids=relative)
 def test_expected_memory_is_the_arithmetic_of_its_settings(path):
     total, frozen = {"qwen2_5_vl_7b": (8.29, 0.67), "qwen2_5_vl_3b": (3.75, 0.67)}[path.parent.name]
     _, training, model = parse_arguments(path.stem, None, ["--config", str(path), "--use_cpu", "true"])
@@ -141,7 +158,7 @@ def test_help_explains_our_options():
     assert_explains_our_options(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-@pytest.mark.parametrize("program", [sft, stage1, stage2, cache_targets], ids=lambda program: program.__name__)
+@pytest.mark.parametrize("program", [align, sft, stage1, stage2, cache_targets], ids=lambda program: program.__name__)
 def test_help_of_each_program_explains_itself(program, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "119")
     with pytest.raises(SystemExit) as ended:

@@ -1,0 +1,367 @@
+"""Long video: the projector equals its recurrence, the reducer plain loops; what works without works with them."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import layer_norm, silu, softplus
+
+from modeling_storms import StormsForConditionalGeneration, StormsProcessor
+from modeling_storms.modeling_storms import _plan_passes
+from modeling_storms.temporal_storms import TemporalProjector, TokenReducer
+from tests.conftest import ask, moving_disc
+
+from .conftest import eager_to, latent_ids
+from .reference import reference_generate
+
+
+OPTIONS = {"num_layers": 2, "state_size": 8, "head_dim": 16}
+REDUCED = {"temporal_pool": 2, "spatial_pool": 4, "temporal_sampling": 2}
+
+
+def scan(mixer, tokens):
+    """Mamba-2 (Dao and Gu, 2024), one token after the other: `(length, hidden)` -> the same."""
+    inner, state_size, num_heads, head_dim = (
+        mixer.intermediate_size,
+        mixer.ssm_state_size,
+        mixer.num_heads,
+        mixer.head_dim,
+    )
+    kernel, weight, bias = mixer.conv_kernel_size, mixer.conv1d.weight[:, 0], mixer.conv1d.bias
+    decay = -mixer.A_log.exp()
+    state = torch.zeros(num_heads, head_dim, state_size)
+    window = torch.zeros(kernel, len(weight))
+    outputs = []
+    for token in tokens:
+        gate, mixed, step = (mixer.in_proj.weight @ token).split([inner, inner + 2 * state_size, num_heads])
+        window = torch.cat([window[1:], mixed[None]])
+        x, b, c = silu((window.T * weight).sum(1) + bias).split([inner, state_size, state_size])
+        step = softplus(step + mixer.dt_bias)
+        x = x.view(num_heads, head_dim)
+        state = state * (step * decay).exp()[:, None, None] + (step[:, None] * x)[..., None] * b
+        y = (state @ c + mixer.D[:, None] * x).reshape(-1) * silu(gate)
+        y = y * torch.rsqrt(y.pow(2).mean() + mixer.norm.variance_epsilon) * mixer.norm.weight
+        outputs.append(mixer.out_proj.weight @ y)
+    return torch.stack(outputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 5, 300])  # 300: more than a chunk of the scan
+@pytest.mark.parametrize("training", [False, True])
+def test_the_projector_is_the_recurrence_in_both_directions(length, training):
+    torch.manual_seed(0)
+    projector = TemporalProjector(32, OPTIONS).train(training)
+    for parameter in projector.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    tokens = torch.randn(length, 32)
+    expected = tokens
+    for layer in projector.layers:
+        normed = layer_norm(expected, (32,), layer.norm.weight, layer.norm.bias)
+        backward = scan(layer.backward_mixer, normed.flip(0)).flip(0)
+        expected = expected + scan(layer.forward_mixer, normed) + backward
+    # Sums of 300 terms in another order: 2e-5 at worst was seen.
+    torch.testing.assert_close(projector(tokens), expected, atol=1e-4, rtol=1e-4)
+    if length > 1:
+        changed = tokens.clone()
+        changed[-1] = -changed[-1]
+        assert (projector(changed)[0] - projector(tokens)[0]).abs().max() > 1e-7, "the first token hears of the last"
+
+
+def reduce_by_loops(tokens, grid, k, p, s):
+    steps, height, width = grid
+    side = math.isqrt(p)
+    features = tokens.view(steps, height, width, -1)
+    pooled = [features[begin : begin + k].mean(0) for begin in range(0, steps, k)][::s]
+    rows = []
+    for step in pooled:
+        for top in range(0, height, side):
+            for left in range(0, width, side):
+                rows.append(step[top : top + side, left : left + side].flatten(0, 1).mean(0))
+    return torch.stack(rows)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 7), st.integers(1, 7)),
+    k=st.integers(1, 5),
+    p=st.sampled_from([1, 4, 9, 16]),
+    s=st.integers(1, 4),
+)
+def test_reduction_is_that_of_plain_loops(grid, k, p, s):
+    tokens = torch.randn(math.prod(grid), 6, dtype=torch.float64)
+    reducer = TokenReducer(k, p, s)
+    left = reducer(tokens, grid)
+    torch.testing.assert_close(left, reduce_by_loops(tokens, grid, k, p, s))
+    steps, height, width = grid
+    side = math.isqrt(p)
+    expected = (math.ceil(math.ceil(steps / k) / s), math.ceil(height / side), math.ceil(width / side))
+    assert reducer.grid(*grid) == expected
+    assert len(left) == math.prod(expected)
+    times = [np.mean(range(begin, min(begin + k, steps))) for begin in range(0, steps, k)][::s]
+    assert reducer.step_times(steps) == times
+    # Space and time commute; sampling comes last in time.
+    apart = TokenReducer(spatial_pool=p)(tokens, grid)
+    apart = TokenReducer(k)(apart, TokenReducer(spatial_pool=p).grid(*grid))
+    apart = TokenReducer(temporal_sampling=s)(apart, TokenReducer(k, p).grid(*grid))
+    torch.testing.assert_close(left, apart)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [
+        ({"temporal_pool": 0}, "temporal_pool is 0"),
+        ({"temporal_sampling": 1.5}, "temporal_sampling is 1.5"),
+        ({"spatial_pool": 8}, "must be a square number"),
+    ],
+)
+def test_a_reduction_that_cannot_be_is_refused(model, numbers, told):
+    with pytest.raises(ValueError, match=told):
+        TokenReducer(**numbers)
+    if "1.5" not in told:  # of the wrong type, which every config refuses
+        with pytest.raises(ValueError, match=told):
+            type(model.config)(**{**model.config.to_dict(), **numbers})
+
+
+def test_options_that_the_projector_does_not_know_are_refused():
+    with pytest.raises(ValueError, match=r"\['depth'\], but knows num_layers"):
+        TemporalProjector(64, {"depth": 2})
+    with pytest.raises(ValueError, match="a multiple of head_dim"):
+        TemporalProjector(64, {"head_dim": 48})
+
+
+@pytest.mark.parametrize("chunk_size", [1, 40, 1000, 10**6])
+def test_passes_hold_every_step_once_and_no_more_than_fits(chunk_size):
+    grids = [[3, 4, 6], [1, 4, 4], [10, 2, 2]]
+    passes = _plan_passes(grids, chunk_size)
+    for video, (steps, height, width) in enumerate(grids):
+        parts = [part for one in passes for part in one if part[0] == video]
+        assert sum(part[1] for part in parts) == steps
+        assert all(part[2:] == (height, width) for part in parts)
+    for one in passes:
+        patches = sum(math.prod(part[1:]) for part in one)
+        assert patches <= chunk_size or (len(one) == 1 and one[0][1] == 1)
+    assert [part[0] for one in passes for part in one] == sorted(part[0] for one in passes for part in one)
+
+
+@torch.no_grad()
+def test_the_vision_tower_in_passes_gives_the_same_features(model, prompts):
+    inputs = prompts("video", "video", "both", num_frames=12)
+    names = ("pixel_values_videos", "video_grid_thw")
+    whole = model.get_video_features(*(inputs[name] for name in names)).pooler_output
+    counted = []
+    tower = model.model.visual.forward
+    model.model.visual.forward = lambda pixels, **kwargs: (counted.append(len(pixels)), tower(pixels, **kwargs))[1]
+    for chunk_size in (1, 60, 200):
+        counted.clear()
+        model.config.vision_chunk_size = chunk_size
+        parts = model.get_video_features(*(inputs[name] for name in names)).pooler_output
+        assert max(counted) <= max(chunk_size, int(inputs["video_grid_thw"][:, 1:].prod(-1).max()))
+        for one, other in zip(whole, parts):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+# -- in the model
+
+
+def with_options(model, processor, projector=None, **reduction):
+    """A model with the same weights and the reductions, and the processor to it."""
+    config = copy.deepcopy(model.config)
+    config.temporal_projector = projector
+    for name, value in reduction.items():
+        setattr(config, name, value)
+    changed = StormsForConditionalGeneration(config).eval()
+    missing = changed.load_state_dict(model.state_dict(), strict=False)
+    assert not missing.unexpected_keys
+    assert all("temporal_projector" in name for name in missing.missing_keys)
+    own = copy.deepcopy(processor)
+    for name, value in reduction.items():
+        setattr(own.video_processor, name, value)
+    return changed, own
+
+
+@pytest.fixture(scope="module")
+def reduced(pair):
+    """With a projector that does something, and all reductions at once."""
+    model, processor = with_options(pair[1], pair[2], OPTIONS, **REDUCED)
+    torch.manual_seed(2)
+    for parameter in model.model.temporal_projector.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return eager_to(model, start=0.6, end=0.6), processor
+
+
+@torch.no_grad()
+def test_a_new_projector_changes_nothing(model, processor, prompts, tmp_path):
+    inputs = prompts("video", "both", "image")
+    expected = model(**inputs).logits
+    model.config.temporal_projector = OPTIONS
+    model.save_pretrained(tmp_path)  # of the model as it was: no weights of a projector
+    loaded, info = StormsForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert {name for name in info["missing_keys"] if "temporal_projector" not in name} == set()
+    assert loaded.model.temporal_projector is not None
+    assert all(torch.isfinite(one).all() for one in loaded.parameters())
+    torch.testing.assert_close(loaded(**inputs).logits, expected, atol=0, rtol=0)
+    # And once trained, it is loaded as it is.
+    for parameter in loaded.model.temporal_projector.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    changed = loaded(**inputs).logits
+    assert (changed - expected).abs().max() > 1e-3
+    loaded.save_pretrained(tmp_path / "trained")
+    again = StormsForConditionalGeneration.from_pretrained(tmp_path / "trained")
+    torch.testing.assert_close(again(**inputs).logits, changed, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("num_frames", [4, 9, 12])
+@pytest.mark.parametrize("reduction", [REDUCED, {"temporal_pool": 3}, {"spatial_pool": 9}, {"temporal_sampling": 2}])
+def test_the_processor_writes_as_many_placeholders_as_tokens_are_left(pair, clip, num_frames, reduction):
+    model, processor = with_options(pair[1], pair[2], **reduction)
+    inputs = ask(processor, str(clip), num_frames=num_frames)
+    steps, height, width = inputs["video_grid_thw"][0].tolist()
+    k, p, s = (reduction.get(name, 1) for name in ("temporal_pool", "spatial_pool", "temporal_sampling"))
+    side = math.isqrt(p)
+    expected = math.ceil(math.ceil(steps / k) / s) * math.ceil(height / 2 / side) * math.ceil(width / 2 / side)
+    assert int((inputs["input_ids"] == model.config.video_token_id).sum()) == expected
+    features = model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output
+    assert [len(one) for one in features] == [expected]
+    model(**inputs)
+
+
+@torch.no_grad()
+def test_numbers_of_model_and_processor_must_agree_and_can_be_changed_for_a_call(pair, clip):
+    model, processor = with_options(pair[1], pair[2], temporal_pool=2)
+    pooled = ask(processor, str(clip), num_frames=8)
+    with pytest.raises(ValueError, match=r"by temporal_pool=1, .*, but the processor by temporal_pool=2"):
+        pair[1](**pooled)
+    with pytest.raises(ValueError, match=r"do not match.* The model reduces tokens by temporal_pool=2"):
+        model(**ask(pair[2], str(clip), num_frames=8))
+    inputs = ask(processor, str(clip), num_frames=8, temporal_sampling=2, temporal_pool=1)
+    assert inputs["input_ids"].shape == pooled["input_ids"].shape, "the number of placeholders tells nothing here"
+    with pytest.raises(ValueError, match=r"by temporal_pool=2, .*, but the processor by temporal_pool=1"):
+        model.generate(**inputs, max_new_tokens=4, latent_mode="off")
+    sampled, own = with_options(pair[1], pair[2], temporal_sampling=2)
+    options = {"max_new_tokens": 6, "latent_mode": "force", "latent_size": 2}
+    expected = sampled.generate(**ask(own, str(clip), num_frames=8), **options)
+    assert torch.equal(model.generate(**inputs, temporal_sampling=2, temporal_pool=1, **options), expected)
+    assert model.model.reducer.temporal_pool == 2, "for that call only"
+
+
+def test_the_numbers_are_saved_with_model_and_processor(pair, tmp_path):
+    model, processor = with_options(pair[1], pair[2], OPTIONS, **REDUCED, pool_images=True)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    config = StormsForConditionalGeneration.from_pretrained(tmp_path).config
+    own = StormsProcessor.from_pretrained(tmp_path).video_processor
+    for name, value in {**REDUCED, "pool_images": True}.items():
+        assert getattr(config, name) == getattr(own, name) == value
+
+
+def test_a_pooled_token_sits_at_its_groups_mean_time(pair, clip):
+    model, processor = with_options(pair[1], pair[2], temporal_pool=2, temporal_sampling=2)
+    plain = ask(pair[2], str(clip), num_frames=20)
+    inputs = ask(processor, str(clip), num_frames=20)
+    names = ("video_grid_thw", "second_per_grid_ts")
+    media = {name: inputs[name] for name in names}
+    row, _ = pair[1].model.get_rope_index(plain["input_ids"], plain["mm_token_type_ids"], **media)
+    ours, deltas = model.model.get_rope_index(inputs["input_ids"], inputs["mm_token_type_ids"], **media)
+    video = inputs["input_ids"][0] == model.config.video_token_id
+    before = plain["input_ids"][0] == model.config.video_token_id
+    rate = model.config.vision_config.tokens_per_second * float(inputs["second_per_grid_ts"][0])
+    start = int(row[0, 0][before][0])
+    # Ten steps: groups (0, 1), (2, 3), ...; every second group is left: 0.5, 4.5, 8.5.
+    expected = sorted({start + math.floor(time * rate) for time in (0.5, 4.5, 8.5)})
+    assert sorted(set(ours[0, 0][video].tolist())) == expected
+    assert set(ours[1, 0][video].tolist()) == set(row[1, 0][before].tolist())
+    # What comes before and after is where it was; what is generated follows the highest position.
+    assert torch.equal(ours[:, 0][:, ~video], row[:, 0][:, ~before])
+    assert int(deltas[0]) == int(ours.max()) + 1 - len(video)
+    # Padding on the left changes nothing.
+    padded = {name: torch.nn.functional.pad(inputs[name], (3, 0)) for name in ("input_ids", "mm_token_type_ids")}
+    mask = torch.nn.functional.pad(torch.ones_like(inputs["input_ids"]), (3, 0))
+    shifted, _ = model.model.get_rope_index(**padded, attention_mask=mask, **media)
+    assert torch.equal(shifted[..., 3:], ours)
+
+
+def prompts_of(processor, videos, texts):
+    """A batch, and its rows alone."""
+    conversations = [
+        [{"role": "user", "content": [{"type": "video", "video": str(video)}, {"type": "text", "text": text}]}]
+        for video, text in zip(videos, texts)
+    ]
+
+    def build(part, num_frames=12):
+        return processor.apply_chat_template(
+            part,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"num_frames": num_frames, "padding": True},
+        )
+
+    return build(conversations), [build([one]) for one in conversations]
+
+
+@pytest.fixture(scope="module")
+def short_clip(tmp_path_factory):
+    from dataset_builder.thought_video import encode_video
+
+    path = tmp_path_factory.mktemp("short") / "short.mp4"
+    path.write_bytes(encode_video(moving_disc(5, 84, 112), 4))
+    return path
+
+
+@pytest.mark.parametrize("mode", ["auto", "force", "off"])
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_latent_generation_with_reductions_equals_one_row_without_a_cache(reduced, clip, short_clip, mode, cache):
+    model, processor = reduced
+    batch, rows = prompts_of(processor, (clip, short_clip, clip), ("Why?", "What falls first, and when?", "Where?"))
+    options = {"latent_mode": mode, "latent_size": 3, "max_new_tokens": 10, "min_new_tokens": 10}
+    out = model.generate(**batch, **options, cache_implementation=cache, return_dict_in_generate=True, do_sample=False)
+    found = set()
+    for index, row in enumerate(rows):
+        eos = torch.as_tensor(model.generation_config.eos_token_id).reshape(-1).tolist()
+        expected = reference_generate(model, row, latent_ids(model), 10, mode, 3, eos=eos)
+        new = out.sequences[index, batch["input_ids"].shape[1] :].tolist()
+        assert new[: len(expected.new_ids)] == expected.new_ids
+        if expected.states:
+            torch.testing.assert_close(out.latent_states[index], torch.stack(expected.states), atol=1e-4, rtol=1e-4)
+        found.add(tuple(expected.new_ids))
+    assert len(found) > 1
+
+
+def test_a_rollout_in_training_yields_the_states_of_generate(reduced, clip, short_clip):
+    model, processor = reduced
+    batch, _ = prompts_of(processor, (clip, short_clip), ("Why?", "What falls first, and when?"))
+    out = model.generate(
+        **batch, latent_mode="force", latent_size=3, max_new_tokens=8, return_dict_in_generate=True, do_sample=False
+    )
+    new = out.sequences.shape[1] - batch["input_ids"].shape[1]
+    whole = dict(batch) | {"input_ids": out.sequences}
+    whole["attention_mask"] = torch.nn.functional.pad(batch["attention_mask"], (0, new), value=1)
+    whole["mm_token_type_ids"] = torch.nn.functional.pad(batch["mm_token_type_ids"], (0, new))
+    projector = model.model.temporal_projector
+    for parameter in projector.parameters():
+        parameter.requires_grad_(True)
+    output = model(**whole, latent_input="rollout", labels=out.sequences)
+    for index, states in enumerate(out.latent_states):
+        torch.testing.assert_close(output.latent_states[index], states, atol=1e-4, rtol=1e-4)
+    output.loss.backward()
+    gradients = [parameter.grad for parameter in projector.parameters()]
+    assert all(one is not None and one.abs().max() > 0 for one in gradients)
+    model.zero_grad()
+
+
+@torch.no_grad()
+def test_images_are_scanned_over_space_and_pooled_only_if_asked(pair, prompts):
+    model, _ = with_options(pair[1], pair[2], **REDUCED)
+    inputs = prompts("image")
+    plain = pair[1](**inputs).logits
+    torch.testing.assert_close(model(**inputs).logits, plain, atol=0, rtol=0)
+    pooled, own = with_options(pair[1], pair[2], **REDUCED, pool_images=True)
+    features = pooled.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output[0]
+    _, height, width = inputs["image_grid_thw"][0].tolist()
+    assert len(features) == math.ceil(height / 4) * math.ceil(width / 4)
+    assert own._num_left(inputs["image_grid_thw"][0], own._reducer({}).for_images) == len(features)
