@@ -4,6 +4,7 @@
     python -m speed off_mode             # generate: the plain class against latent_mode="off", narrow models
     python -m speed decode --videos *.mp4    # frames a second: decord by itself against decode_video
     python -m speed train_step           # a training step of SFT, Stage I and II, and K+1 passes
+    python -m speed long_video           # an answer by module, with token reduction
     python -m speed off_mode --device cuda --rounds 50 --output speed/results
 
 Every figure is a ratio of two ways measured in turns in one run: absolute times of shared processors are noise.
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,21 @@ from rich.progress import track
 from rich.table import Table
 
 from dataset_builder.thought_video import encode_video
+from modeling_storms import StormsForConditionalGeneration
 from modeling_storms.video_storms import decode_video, uniform_frame_indices
 from recipes.collator import IGNORED, TARGET_MEDIA, StormsCollator
 from recipes.init_checkpoint import build_tiny_base, convert
 from recipes.targets import encode_targets
 
 
-WORKLOADS = ("off_mode", "train_step", "decode")
+WORKLOADS = ("off_mode", "train_step", "decode", "long_video")
+REDUCTIONS: dict[str, dict[str, int]] = {
+    "none": {},
+    "4x temporal": {"temporal_pool": 4},
+    "4x spatial": {"spatial_pool": 4},
+    "4x temporal, 2x sampling": {"temporal_pool": 4, "temporal_sampling": 2},
+    "16x both": {"temporal_pool": 4, "spatial_pool": 4},
+}
 
 
 def measure_off_mode(device: str, num_layers: int, rounds: int, new_tokens: int) -> dict[str, Any]:
@@ -138,6 +148,87 @@ def measure_train_step(device: str, rounds: int, latent_size: int = 8) -> list[d
         for name in ways
         if name != "sft"
     ]
+
+
+def measure_long_video(device: str, num_frames: int, rounds: int, latent_size: int = 8) -> list[dict[str, Any]]:
+    """Seconds of each module of one latent answer, with more and more token reduction, on the same video.
+
+    The vision tower is narrow and the language model 12 layers of 512, so that shares are not those of a 7B model.
+    """
+    base, processor = build_tiny_base(num_hidden_layers=12, hidden_size=512)
+    processor.video_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 140 * 196}
+    model, processor = convert(base, processor, latent_size=latent_size)
+    config = copy.deepcopy(model.config)
+    config.temporal_projector = {}
+    weights = model.state_dict()
+    model = StormsForConditionalGeneration(config).to(device).eval()
+    model.load_state_dict(weights, strict=False)
+    frames = np.random.default_rng(0).integers(0, 255, (num_frames, 140, 196, 3), dtype=np.uint8)
+    messages = [{"role": "user", "content": [{"type": "video", "video": frames}, {"type": "text", "text": "Why?"}]}]
+    metadata = {"total_num_frames": num_frames, "fps": 2.0, "frames_indices": list(range(num_frames))}
+    ways: dict[str, Callable[[], Any]] = {}
+    clocks: dict[str, dict[str, list[float]]] = {}
+    tokens = {}
+    for name, reduction in REDUCTIONS.items():
+        inputs = processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"video_metadata": [metadata], "do_sample_frames": False, **reduction},
+        ).to(device)
+        tokens[name] = int((inputs["input_ids"] == config.video_token_id).sum())
+        clocks[name] = {}
+        ways[name] = partial(_time_modules, model, inputs, reduction, latent_size, clocks[name], device != "cpu")
+    for name, way in ways.items():
+        way()
+        clocks[name].clear()
+    seconds = measure_in_turns(ways, rounds, f"an answer about {num_frames} frames", device != "cpu")
+    whole = next(iter(ways))
+    return [
+        {
+            "workload": "latent answer about a long video, with token reduction against none",
+            "model": f"{num_frames} frames, {name}",
+            "visual_tokens": tokens[name],
+            "modules": {part: statistics.median(clock) for part, clock in clocks[name].items()},
+            "prefill_ratio": statistics.median(
+                before / after for before, after in zip(clocks[whole]["prefill"], clocks[name]["prefill"])
+            ),
+            **summarize({"none": seconds[whole], "reduced": seconds[name]}, "reduced", "none"),
+        }
+        for name in ways
+    ]
+
+
+def _time_modules(model: Any, inputs: Any, reduction: Any, latent_size: int, clock: Any, synchronize: bool) -> None:
+    """One forced block and eight tokens; adds the seconds of each module to `clock`."""
+    passes: list[float] = []
+    found = {"vision tower": 0.0, "projector": 0.0}
+    begun: list[float] = []
+
+    def now() -> float:
+        if synchronize:
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    def watch(module: torch.nn.Module, add: Callable[[float], None]) -> list[Any]:
+        before = module.register_forward_pre_hook(lambda *_: begun.append(now()))
+        return [before, module.register_forward_hook(lambda *_: add(now() - begun.pop()))]
+
+    hooks = watch(model.model.visual, lambda seconds: found.update({"vision tower": seconds}))
+    hooks += watch(model.model.temporal_projector, lambda seconds: found.update({"projector": seconds}))
+    hooks += watch(model.model.language_model, passes.append)
+    try:
+        options = {"latent_mode": "force", "max_new_tokens": latent_size + 10, "min_new_tokens": latent_size + 10}
+        model.generate(**inputs, **reduction, **options)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found |= {"prefill": passes[0], "latent block": sum(passes[1 : latent_size + 2])}
+    found["decode"] = sum(passes[latent_size + 2 :])
+    for name, one in found.items():
+        clock.setdefault(name, []).append(one)
 
 
 def _training_batch(processor: Any, stage: str, latent_size: int) -> dict[str, torch.Tensor]:
@@ -251,9 +342,7 @@ def write(name: str, results: list[dict[str, Any]], device: str, output: Path) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", metavar="workload", help=f"{', '.join(WORKLOADS)} (default: all)")
-    parser.add_argument(
-        "--device", default="cpu", help="torch device of off_mode and train_step (default: %(default)s)"
-    )
+    parser.add_argument("--device", default="cpu", help="torch device of all but decode (default: %(default)s)")
     parser.add_argument(
         "--num_layers",
         type=int,
@@ -263,6 +352,9 @@ def main() -> None:
     )
     parser.add_argument("--new_tokens", type=int, default=64, help="off_mode: tokens to generate (default: 64)")
     parser.add_argument("--videos", type=Path, nargs="+", help="decode: files (default: clips encoded on the spot)")
+    parser.add_argument(
+        "--frames", type=int, nargs="+", default=[32, 128], help="long_video: frames of the video (default: 32 128)"
+    )
     parser.add_argument("--rounds", type=int, default=40, help="paired measurements (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("speed/results"), help="folder for JSON (%(default)s)")
     arguments = parser.parse_args()
@@ -278,6 +370,18 @@ def main() -> None:
     if "train_step" in workloads:
         results = measure_train_step(arguments.device, arguments.rounds)
         write("train_step", results, arguments.device, arguments.output)
+    if "long_video" in workloads:
+        results = [
+            one
+            for num_frames in arguments.frames
+            for one in measure_long_video(arguments.device, num_frames, arguments.rounds)
+        ]
+        write("long_video", results, arguments.device, arguments.output)
+        table = Table("", "visual tokens", *results[0]["modules"], "prefill, times faster")
+        for one in results:
+            parts = [f"{seconds * 1e3:.0f} ms" for seconds in one["modules"].values()]
+            table.add_row(one["model"], str(one["visual_tokens"]), *parts, f"{one['prefill_ratio']:.2f}")
+        Console().print(table)
     if "decode" in workloads:
         with tempfile.TemporaryDirectory() as folder:
             videos = arguments.videos or list(clips(Path(folder)))

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -340,8 +341,7 @@ def test_files_that_are_no_runs_are_told_without_a_traceback(tmp_path, content, 
 
 
 def test_the_command_prints_a_table_and_writes_what_it_found(files, tmp_path, capsys, monkeypatch):
-    for name, size in (("COLUMNS", "200"), ("LINES", "50")):  # rich takes a dumb terminal's as 80 if one is missing
-        monkeypatch.setenv(name, size)
+    monkeypatch.setattr("evaluation.compare.Console", partial(Console, width=200))
     tasks = [{"categories": {"task": f"[part{number % 2}]"}} for number in range(40)]
     a = [answer(number, number % 4 == 0, **task) for number, task in enumerate(tasks)]
     b = [answer(number, number % 2 == 0, **task) for number, task in enumerate(tasks)]

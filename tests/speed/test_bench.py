@@ -35,6 +35,20 @@ def test_a_training_step_of_each_stage_is_measured(tmp_path):
     assert ratios["stage2"] < 0.5 * ratios["naive, 9 passes"]  # 1.15 and 9.3 are measured on a quiet machine
 
 
+@pytest.mark.slow
+def test_a_long_video_is_measured_by_module(tmp_path):
+    run_bench(tmp_path, "long_video", "--frames", "8")
+    results = json.loads((tmp_path / "long_video_cpu.json").read_text())["results"]
+    # 4 steps of 5 x 7 tokens.
+    left = {"none": 140, "4x temporal": 35, "4x spatial": 48, "4x temporal, 2x sampling": 35, "16x both": 12}
+    assert {one["model"].split(", ", 1)[1]: one["visual_tokens"] for one in results} == left
+    for one in results:
+        assert list(one["modules"]) == ["vision tower", "projector", "prefill", "latent block", "decode"]
+        assert all(seconds > 0 for seconds in one["modules"].values())
+        assert sum(one["modules"].values()) < 1.2 * one["median_seconds"]["reduced"]
+    assert results[0]["prefill_ratio"] == 1
+
+
 def test_decoding_keeps_up_with_decord(tmp_path, clip):
     run_bench(tmp_path, "decode", "--videos", str(clip))
     every, some = json.loads((tmp_path / "decode_cpu.json").read_text())["results"]
