@@ -59,6 +59,10 @@ def test_decoding_keeps_up_with_decord(tmp_path, clip):
 def test_readme_shows_the_committed_results():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     results = ROOT / "speed" / "results"
+    for result in json.loads((results / "long_video_cpu.json").read_text())["results"]:
+        share = result["modules"]["projector"] / sum(result["modules"].values())
+        figures = f"{result['prefill_ratio']:.2f} | {result['ratio']:.3f} | {100 * share:.0f}%"
+        assert f"| {result['model']} | {result['visual_tokens']} | {figures} |" in readme
     for result in json.loads((results / "off_mode_cpu.json").read_text())["results"]:
         assert f"| {result['model'].split()[0]} | {result['ratio']:.3f} |" in readme
     for result in json.loads((results / "train_step_cpu.json").read_text())["results"]:
