@@ -6,7 +6,6 @@ vision tower and language model alike. Its keys and values are then copied to on
 
 import copy
 import hashlib
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,15 +178,6 @@ class EncodedClips:
     cache: DynamicCache
 
 
-@dataclass
-class Usage:
-    """What answering cost so far: tokens that went through the language model, and seconds."""
-
-    num_video_tokens: int = 0
-    num_answers: int = 0
-    seconds: float = 0.0
-
-
 class Answerer:
     """Answers questions about clips by `generate`.
 
@@ -213,7 +203,7 @@ class Answerer:
                 "given. Leave it out, or make a STORMS checkpoint with `python -m recipes.init_checkpoint`."
             )
         self.options = options
-        self.usage = Usage()
+        self.num_video_tokens = 0  # that went through the language model so far
 
     def latent_options(self, **options: Any) -> dict[str, Any]:
         """The latent mode in force: options given, else the checkpoint's defaults; empty for a plain model."""
@@ -230,12 +220,10 @@ class Answerer:
     @torch.no_grad()
     def encode(self, clips: Sequence[Clip]) -> EncodedClips:
         """Run the clips' prefixes as one batch, to be answered about more than once."""
-        began = time.perf_counter()
         prefix = self._pad([one.input_ids for one in clips], [one.mm_token_type_ids for one in clips])
         media = {name: torch.cat([one.media[name] for one in clips]).to(self.model.device) for name in MEDIA}
         cache = self._run_prefix(prefix, media)
-        self.usage.num_video_tokens += sum(one.record["num_video_tokens"] for one in clips)
-        self.usage.seconds += time.perf_counter() - began
+        self.num_video_tokens += sum(one.record["num_video_tokens"] for one in clips)
         return EncodedClips(prefix, {name: media[name] for name in MEDIA if name != "pixel_values_videos"}, cache)
 
     @torch.no_grad()
@@ -259,7 +247,6 @@ class Answerer:
             For each clip, its questions' replies.
         """
         encoded = clips if isinstance(clips, EncodedClips) else self.encode(clips)
-        began = time.perf_counter()
         rows = [(clip, self._suffix(text)) for clip, given in enumerate(texts) for text in given]
         replies: list[list[Reply]] = [[] for _ in texts]
         for begin in range(0, len(rows), self.batch_size):
@@ -275,8 +262,6 @@ class Answerer:
             )
             for (clip, _), reply in zip(batch, answered):
                 replies[clip].append(reply)
-        self.usage.num_answers += len(rows)
-        self.usage.seconds += time.perf_counter() - began
         return replies
 
     @torch.no_grad()

@@ -48,7 +48,7 @@ def _with_paths_as_text(videos: Any) -> Any:
     return [_with_paths_as_text(video) for video in videos] if isinstance(videos, (list, tuple)) else videos
 
 
-class StormsVideoProcessorKwargs(Qwen2VLVideoProcessorInitKwargs, total=False):  # type: ignore[call-arg]
+class StormsVideoProcessorKwargs(Qwen2VLVideoProcessorInitKwargs, total=False):  # type: ignore[call-arg]  # mypy skips transformers
     """What a video processor and its calls take: Qwen2-VL's, and the model's token reduction, see `TokenReducer`."""
 
     temporal_pool: int

@@ -262,7 +262,7 @@ class _Archive:
                 self._file = zipfile.ZipFile(path)
             else:
                 whole: Any = pieces[0].open("rb") if len(pieces) == 1 else io.BufferedReader(_Joined(pieces))
-                self._file = tarfile.open(fileobj=whole)  # noqa: SIM115
+                self._file = tarfile.open(fileobj=whole)  # noqa: SIM115  # read for as long as this object lives
         except DAMAGED as error:
             raise self._damaged(error) from error
 

@@ -108,7 +108,7 @@ def test_three_questions_on_a_video_run_its_tokens_once(pair, processor, clips):
         lengths.clear()
         answerer = Answerer(model, processor, max_new_tokens=1, batch_size=8, latent_mode="off")
         answerer.answer(clips[:1], [texts])
-        return sum(lengths), answerer.usage.num_video_tokens
+        return sum(lengths), answerer.num_video_tokens
 
     model.model.language_model.forward = count
     try:

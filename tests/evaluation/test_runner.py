@@ -90,12 +90,12 @@ def test_answers_do_not_depend_on_how_they_are_batched(answerer, benchmark, undi
 
 def test_the_questions_of_one_video_share_its_encoded_prefix(answerer, benchmark, tmp_path):
     shared = run(answerer, items(benchmark), PROTOCOL, Journal(tmp_path / "shared"))
-    tokens = answerer.usage.num_video_tokens
+    tokens = answerer.num_video_tokens
     found = costs(shared)
     assert found["video_tokens"] == pytest.approx(tokens)
     assert found["video_tokens_unshared"] == 3 * tokens  # three questions each: one video's worth, not three
     run(answerer, items(benchmark), PROTOCOL, Journal(tmp_path / "alone"), share_prefix=False)
-    assert answerer.usage.num_video_tokens == 4 * tokens
+    assert answerer.num_video_tokens == 4 * tokens
 
 
 def test_a_finished_question_is_never_asked_again(answerer, benchmark, undisturbed, tmp_path, monkeypatch):
