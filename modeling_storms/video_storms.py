@@ -121,7 +121,7 @@ def decode_video(
     except Exception as error:
         # decord raises its own class on bad packets and RuntimeError elsewhere; neither says how far it got.
         raise VideoDecodeError(
-            f"{name}: only {_count_decodable(source, name)} of {len(reader)} frames decode, then decord can't go on. "
+            f"{name}: only about {_count_decodable(source, name)} of {len(reader)} frames decode, then decord can't go on. "
             "Re-encode the file (ffmpeg -i IN -c:v libx264 OUT.mp4) or leave it out."
         ) from error
     metadata.frames_indices = indices.tolist()
@@ -230,6 +230,7 @@ def _remux(source: VideoSource, name: str) -> bytes:
 
 
 def _count_decodable(source: VideoSource, name: str) -> int:
+    """Frames before the first bad packet, less up to three: decord's threads drop what they have in hand."""
     reader = _open(source, name)
     for count in range(len(reader)):
         try:
