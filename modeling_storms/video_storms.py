@@ -121,8 +121,8 @@ def decode_video(
     except Exception as error:
         # decord raises its own class on bad packets and RuntimeError elsewhere; neither says how far it got.
         raise VideoDecodeError(
-            f"{name}: only about {_count_decodable(source, name)} of {len(reader)} frames decode, then decord can't go on. "
-            "Re-encode the file (ffmpeg -i IN -c:v libx264 OUT.mp4) or leave it out."
+            f"{name}: only about {_count_decodable(source, name)} of {len(reader)} frames decode, then "
+            "decord can't go on. Re-encode the file (ffmpeg -i IN -c:v libx264 OUT.mp4) or leave it out."
         ) from error
     metadata.frames_indices = indices.tolist()
     metadata.height, metadata.width = frames.shape[1:3]
