@@ -98,9 +98,9 @@ class StormsModel(Qwen2_5_VLModel):
             features = [torch.cat(piece) for piece in pieces]
             outputs.last_hidden_state = None  # that of the last pass alone
         merge = self.visual.spatial_merge_size
+        if self.temporal_projector is not None:
+            features = self.temporal_projector(features)
         for index, (steps, height, width) in enumerate(grids):
-            if self.temporal_projector is not None:
-                features[index] = self.temporal_projector(features[index])
             features[index] = reducer(features[index], (steps, height // merge, width // merge))
         outputs.pooler_output = tuple(features)
         return outputs

@@ -14,6 +14,7 @@
 """Long video: a Mamba projector between vision tower and language model, and fewer visual tokens after it (STORM)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ PROJECTOR_OPTIONS = {
     "head_dim": 64,
     "expand": 1,
     "conv_kernel": 4,
-    "chunk_size": 256,
+    "chunk_size": 64,
 }
 
 
@@ -138,7 +139,7 @@ class TemporalProjector(nn.Module):
     Args:
         hidden_size (`int`): of the merged visual tokens, which is the language model's.
         options (`dict`): `num_layers` (1), `state_size` (64), `head_dim` (64), `expand` (1), `conv_kernel` (4) and
-            `chunk_size` (256), of Mamba-2.
+            `chunk_size` (64), of Mamba-2.
 
     Raises:
         ValueError: if an option is unknown, or `expand * hidden_size` is no multiple of `head_dim`.
@@ -159,12 +160,20 @@ class TemporalProjector(nn.Module):
         config = Mamba2Config(hidden_size=hidden_size, num_heads=num_heads, n_groups=1, num_hidden_layers=1, **chosen)
         self.layers = nn.ModuleList([TemporalProjectorLayer(config) for _ in range(num_layers)])
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`(num_tokens, hidden_size)` -> the same shape, of one video or image, all its steps in order."""
-        hidden_states = tokens[None]
-        for layer in self.layers:
-            hidden_states = layer(hidden_states)
-        return hidden_states[0]
+    def forward(self, media: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Tokens `(num_tokens, hidden_size)` of each video or image, all its steps in order -> the same shapes.
+
+        Those of one length run together; others can't, as padding would stand before what is scanned backwards.
+        """
+        scanned = list(media)
+        for length in {len(tokens) for tokens in media}:
+            chosen = [index for index, tokens in enumerate(media) if len(tokens) == length]
+            hidden_states = torch.stack([media[index] for index in chosen])
+            for layer in self.layers:
+                hidden_states = layer(hidden_states)
+            for index, tokens in zip(chosen, hidden_states):
+                scanned[index] = tokens
+        return scanned
 
 
 __all__ = ["TemporalProjector", "TokenReducer"]
