@@ -3,10 +3,10 @@
     python -m recipes.experiments.long_video --output long_video_output
 
 Clips of the world `order`: four lamps light up one after another, and the question is which comes after a given one.
-In `slow`, each is lit for 32 frames, so that events are far apart and pooled tokens still show single lamps. In `fast`
-each is lit for two, so that the eight frames of a pooled token show every lamp once: without a projector, the order is
-averaged away. A tiny random model is first taught to see (which lamp is lit at the start, at the end); from there, both
-arms train by `recipes/sft.py` for equally many steps on equal data and equally many visual tokens. What is in the
+In `slow`, each is lit for 32 frames: events are far apart, and pooled tokens still show single lamps. In `fast`,
+each is lit for two, so that the eight frames of a pooled token show every lamp once: without a projector, the order
+is averaged away. A tiny random model is first taught to see (which lamp is lit at the start, at the end); from there,
+both arms train by `recipes/sft.py` for equally many steps on equal data and equally many visual tokens. What is in the
 output folder already is not repeated; delete the folder to start afresh.
 """
 
@@ -51,7 +51,8 @@ class LongVideoArguments:
     output: str = field(default="long_video_output", metadata={"help": "Folder of data and checkpoints."})
     results: str | None = field(default=None, metadata={"help": "Write the figures to this file."})
     worlds: list[str] = field(default_factory=lambda: list(WORLDS), metadata={"help": "slow, fast."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of weights, data and training."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of weights and of training."})
+    data_seed: int = field(default=0, metadata={"help": "Of the clips, which all seeds share."})
     num_rows: int = field(default=1500, metadata={"help": "Clips of each world to train on."})
     num_answers: int = field(default=300, metadata={"help": "Held-out clips of each world to answer."})
     see_steps: int = field(default=600, metadata={"help": "Steps in which the model learns to see."})
@@ -63,9 +64,7 @@ def write_world(output: Path, world: str, num_rows: int, num_answers: int, seed:
     num_rounds, frames_per_lamp = WORLDS[world]
     dials = {"order": {"num_rounds": num_rounds, "frames_per_lamp": frames_per_lamp}}
     total = num_rows + num_answers
-    listed = list_rows(
-        ["order"], total, seed, {"train": num_rows / total, "validation": num_answers / total}, dials
-    )
+    listed = list_rows(["order"], total, seed, {"train": num_rows / total, "validation": num_answers / total}, dials)
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "see": []}
     for source in track(listed, f"clips of {world}", total):
         scene: Any = scene_of(source["scene"])
@@ -128,17 +127,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     (arguments,) = parser.parse_args_into_dataclasses(argv)
     root = Path(arguments.output)
     runs: list[dict[str, Any]] = []
+    for world in dict.fromkeys(("slow", *arguments.worlds)):  # what is seen is seen in slow clips
+        if not (root / "data" / world / "README.md").is_file():
+            write_world(root / "data" / world, world, arguments.num_rows, arguments.num_answers, arguments.data_seed)
     for seed in arguments.seeds:
         folder = root / f"seed{seed}"
-        for world in ("slow", *(world for world in arguments.worlds if world != "slow")):
-            if not (folder / "data" / world / "README.md").is_file():
-                write_world(folder / "data" / world, world, arguments.num_rows, arguments.num_answers, seed)
         if not (folder / "base" / "config.json").is_file():
             make_base(folder / "base", seed)
-        train(folder / "base", folder / "see", folder / "data" / "slow", "see", arguments.see_steps, seed, [])
+        train(folder / "base", folder / "see", root / "data" / "slow", "see", arguments.see_steps, seed, [])
         for world in arguments.worlds:
             for arm, flags in ARMS.items():
-                output, data = folder / f"{world}, {arm}".replace(", ", "_"), folder / "data" / world
+                output, data = folder / f"{world}, {arm}".replace(", ", "_"), root / "data" / world
                 train(folder / "see", output, data, "train", arguments.max_steps, seed, flags)
                 runs.append({"world": world, "arm": arm, "seed": seed, **measure(output, data)})
     results = {"command": "python -m recipes.experiments.long_video", "max_steps": arguments.max_steps, "runs": runs}
