@@ -808,7 +808,7 @@ class ColorSwap(World):
 
     Args:
         num_colors (`int`): 3 or 4.
-        num_swaps (`int`): 1 to 14 signals; with fewer than `num_colors`, the bag of frames tells something.
+        num_swaps (`int`): 1 to 30 signals; with fewer than `num_colors`, the bag of frames tells something.
         frames_per_swap (`int`): at 12 frames a second, also of the start, when the lamp is shown, and of the end. A
             signal is off for the last quarter.
     """
@@ -820,7 +820,7 @@ class ColorSwap(World):
     frames_per_swap: int = 8
 
     def __post_init__(self) -> None:
-        self._check_dials(num_colors=(3, 4), num_swaps=(1, 14), frames_per_swap=(4, 48))
+        self._check_dials(num_colors=(3, 4), num_swaps=(1, 30), frames_per_swap=(4, 48))
 
     @property
     def num_answers(self) -> int:
@@ -829,7 +829,7 @@ class ColorSwap(World):
     def sample(self, rng: np.random.Generator, answer_idx: int) -> "ColorSwapScene":
         swaps, permutation = _draw_swaps(rng, self.num_colors, self.num_swaps)
         start = permutation.index(answer_idx)
-        names = ("red", "green", "blue", "yellow")[: self.num_colors]
+        names = ("red", "green", "blue", "purple")[: self.num_colors]
         steps, lit = [], start
         for swap_idx, (low, high) in enumerate(swaps):
             lit = {low: high, high: low}.get(lit, lit)
@@ -852,6 +852,9 @@ class ColorSwap(World):
             frames_per_swap=self.frames_per_swap,
             radius=rng.uniform(24, 32),
         )
+
+
+_UNLIT = (96, 96, 96)  # about as bright as the colours, so that nothing flickers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -878,11 +881,11 @@ class ColorSwapScene(Scene):
 
     def _paint(self, draw: ImageDraw.ImageDraw, frame_idx: int, see_through: bool = False) -> None:
         is_seen = see_through or frame_idx < self.frames_per_swap
-        color = COLORS[self.options[self.lit_at(frame_idx)]] if is_seen else self.ink
+        color = COLORS[self.options[self.lit_at(frame_idx)]] if is_seen else _UNLIT
         _disc(draw, WIDTH / 4, HEIGHT / 2, self.radius, color)
         signal = self.signal_at(frame_idx)
         for place in (0, 1):
-            shown = self.ink if signal is None else COLORS[self.options[signal[place]]]
+            shown = _UNLIT if signal is None else COLORS[self.options[signal[place]]]
             top = HEIGHT / 2 - 34 + 36 * place
             draw.rectangle((WIDTH * 3 / 4 - 26, top, WIDTH * 3 / 4 + 26, top + 32), fill=shown)
 

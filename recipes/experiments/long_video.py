@@ -2,12 +2,12 @@
 
     python -m recipes.experiments.long_video --output long_video_output
 
-Clips of the world `order`: four lamps light up one after another, and the question is which comes after a given one.
-In `slow`, each is lit for 32 frames: events are far apart, and pooled tokens still show single lamps. In `fast`,
-each is lit for two, so that the eight frames of a pooled token show every lamp once: without a projector, the order
-is averaged away. A tiny random model is first taught to see (which lamp is lit at the start, at the end); from there,
-both arms train by `recipes/sft.py` for equally many steps on equal data and equally many visual tokens. What is in the
-output folder already is not repeated; delete the folder to start afresh.
+Clips of the world `color_swap`, 128 frames each: signals show two of three colours, and the question is which colour
+a certain signal leaves out. In `slow` there are 6 signals of 16 frames: events are far apart, and a pooled token (8
+frames) shows one signal. In `fast` there are 30 of 4 frames, so that a pooled token shows two, and without a projector
+their order is averaged away. A tiny random model is first taught to see (the lamp at the start, in clips of `slow`,
+without a projector); from there, both arms train by `recipes/sft.py` for equally many steps on equal data and equally
+many visual tokens. What is in the output folder already is not repeated; delete the folder to start afresh.
 """
 
 import json
@@ -24,7 +24,6 @@ from transformers import HfArgumentParser
 
 from dataset_builder.schema import FREE_FORM
 from dataset_builder.sources.simulated import list_rows, scene_of
-from dataset_builder.sources.worlds import COLORS, OrderScene
 from dataset_builder.thought_video import encode_video
 from evaluation.prompts import storms_prompt
 from modeling_storms import StormsForConditionalGeneration, StormsProcessor
@@ -37,13 +36,14 @@ from recipes.init_checkpoint import build_tiny_base, convert
 
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny" / "sft.yaml"
-# By world: rounds of the four lamps, and frames that each is lit.
-WORLDS = {"slow": (1, 32), "fast": (16, 2)}
+# By world: number of signals, frames that each takes, and signals that are asked about.
+WORLDS = {"slow": (6, 16, range(1, 7)), "fast": (30, 4, (5, 10, 15, 20, 25, 30))}
 ARMS: dict[str, list[str]] = {
     "pooled": [],
     "pooled, projector": ["--temporal_projector", json.dumps({"state_size": 32, "head_dim": 32})],
 }
-SEEN = {"start": "Which lamp is lit at the start?", "end": "Which lamp is lit at the end?"}
+START = "Which colour does the lamp have at the start?"
+MISSING = "Signals show two colours each. Which colour is missing in signal {}?"
 
 
 @dataclass
@@ -60,35 +60,32 @@ class LongVideoArguments:
 
 
 def write_world(output: Path, world: str, num_rows: int, num_answers: int, seed: int) -> None:
-    """Clips of one world with their questions in `train` and `validation`, and what is seen in them in `see`."""
-    num_rounds, frames_per_lamp = WORLDS[world]
-    dials = {"order": {"num_rounds": num_rounds, "frames_per_lamp": frames_per_lamp}}
+    """Clips of one world, a question about each, in the splits `train` and `validation`; in `see`, the start is asked for."""
+    num_swaps, frames_per_swap, asked = WORLDS[world]
+    dials = {"color_swap": {"num_swaps": num_swaps, "frames_per_swap": frames_per_swap}}
     total = num_rows + num_answers
-    listed = list_rows(["order"], total, seed, {"train": num_rows / total, "validation": num_answers / total}, dials)
+    fractions = {"train": num_rows / total, "validation": num_answers / total}
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "see": []}
-    for source in track(listed, f"clips of {world}", total):
+    for index, source in enumerate(
+        track(list_rows(["color_swap"], total, seed, fractions, dials), f"clips of {world}", total)
+    ):
         scene: Any = scene_of(source["scene"])
+        signal = asked[index % len(asked)]
+        (missing,) = set(range(3)) - set(scene.swaps[signal - 1])
         row = {**dict.fromkeys(FEATURES), "id": source["id"], "options": [], "problem_type": FREE_FORM}
-        row["video"] = {"bytes": encode_video(scene.frames(), scene.fps), "path": None}
-        answer = scene.options[scene.answer_idx]
-        rows[source["split"]].append({**row, "question": source["question"], "answer": answer})
+        # Half the size: they are seen at a quarter of it.
+        row["video"] = {"bytes": encode_video(scene.frames()[:, ::2, ::2].copy(), scene.fps), "path": None}
+        row |= {"question": MISSING.format(signal), "answer": scene.options[missing]}
+        rows[source["split"]].append(row)
         if source["split"] == "train":
-            for when, question in SEEN.items():
-                lit = _lit(scene, 0 if when == "start" else scene.num_frames - 1)
-                rows["see"].append({**row, "id": f"{row['id']}-{when}", "question": question, "answer": lit})
-    write_splits(output, rows, f"order, {world}, {num_rows} + {num_answers} clips, seed {seed}")
-
-
-def _lit(scene: OrderScene, frame_idx: int) -> str:
-    color = scene.colors[scene.lit_at(frame_idx)]
-    return f"the {next(name for name, one in COLORS.items() if one == color)} lamp"
+            rows["see"].append({**row, "question": START, "answer": scene.options[scene.start]})
+    write_splits(output, rows, f"color_swap, {world}, {num_rows} + {num_answers} clips, seed {seed}")
 
 
 def make_base(folder: Path, seed: int) -> None:
     """A random model just wide enough to learn this, that pools four steps."""
-    (row,) = list_rows(["order"], 1, seed, {"train": 1.0})
-    questions = [row["question"].replace(color, other) for color in COLORS for other in COLORS] + list(SEEN.values())
-    texts = [storms_prompt(question, []) for question in questions] + [f"the {color} lamp" for color in COLORS]
+    texts = [storms_prompt(question, []) for question in (START, *(MISSING.format(one) for one in range(1, 31)))]
+    texts += ["red", "green", "blue"]
     base, processor = build_tiny_base(
         seed, num_hidden_layers=4, hidden_size=128, initializer_range=0.08, rope_theta=10.0, texts=texts * 10
     )

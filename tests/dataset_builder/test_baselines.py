@@ -87,8 +87,8 @@ def scores(features: np.ndarray, answers: np.ndarray, groups: np.ndarray) -> dic
 def assert_at_chance(accuracies: dict[str, float], num_answers: int) -> None:
     chance = 1 / num_answers
     band = SIGMAS * math.sqrt(chance * (1 - chance) / NUM_ROWS)
-    # Rows with the same few features have the same neighbours and the same guess: over eight seeds of `color_swap`, the
-    # accuracy of nearest neighbours varied 1.6 times as much as that of independent guesses, about chance.
+    # Rows with the same few features have the same neighbours and the same guess: over eight seeds of `color_swap`,
+    # the accuracy of nearest neighbours varied 1.6 times as much as that of independent guesses, about chance.
     bands = {name: 1.6 * band if name == "nearest_neighbours" else band for name in accuracies}
     assert all(abs(accuracies[name] - chance) < bands[name] for name in bands), (accuracies, chance, bands)
 

@@ -254,7 +254,7 @@ def test_color_swap_signals_take_the_shown_colour_to_the_answer_and_the_thought_
         colors = [COLORS[name] for name in scene.options]
 
         def lamp(frame):
-            return [is_lamp for is_lamp in (blob(frame[:, :84], np.array(color)) for color in colors)]
+            return [blob(frame[:, :84], np.array(color)) for color in colors]
 
         lit = [one is not None for one in lamp(scene.frame(0))].index(True)
         for frame_idx in range(scene.num_frames):
