@@ -44,7 +44,7 @@ Backbone: Any = object
 
 LATENT_MODES = ("auto", "force", "off")
 LATENT_STOPS = ("budget", "token")
-LATENT_INPUTS = ("rollout", "teacher_forced")
+LATENT_INPUTS = ("rollout", "teacher_forced", "embedding")
 STOP_SUPERVISIONS = ("none", "not_end", "pad")
 
 # Inputs that only serve to compute M-RoPE positions.
@@ -512,7 +512,9 @@ class LatentReasoningMixin(Backbone):
                 label or `stop_supervision` needs must be among them.
             latent_input (`str`, *optional*): what fills the slots. `"teacher_forced"`: `latent_targets`, in one
                 parallel pass. `"rollout"`: the model's own states, with gradient: text in one pass per chunk, slots
-                one position at a time, about one forward's work in all.
+                one position at a time, about one forward's work in all. `"embedding"`: nothing; they keep that of
+                `<|latent_pad|>`, as pause tokens do (Goyal et al., 2024), a control. `generate` does the same only
+                with a `latent_intervention` that returns that embedding.
             latent_targets (`torch.Tensor` of shape `(batch, K, hidden_size)`): K is the largest number of slots in the
                 batch; a row with fewer uses its first ones.
             latent_loss_weight (`float`, *optional*): overrides `config.latent_loss_weight`.
@@ -604,6 +606,11 @@ class LatentReasoningMixin(Backbone):
                     )
                 outputs = self._teacher_forced(
                     input_ids, kept, position_ids, is_slot, latent_targets, sight, **vision, **kwargs
+                )
+                hidden_states = outputs.last_hidden_state
+            elif latent_input == "embedding":
+                outputs = self._teacher_forced(
+                    input_ids, kept, position_ids, torch.zeros_like(is_slot), None, sight, **vision, **kwargs
                 )
                 hidden_states = outputs.last_hidden_state
             elif latent_input == "rollout":

@@ -118,12 +118,14 @@ def write_perception(arguments: PerceptionArguments) -> Path:
     return write_splits(Path(arguments.output), rows, described)
 
 
-def write_splits(output: Path, rows: Mapping[str, Sequence[dict[str, Any]]], described: str) -> Path:
-    """Write a dataset folder with rows of `FEATURES` by split; an earlier one is replaced."""
+def write_splits(
+    output: Path, rows: Mapping[str, Sequence[dict[str, Any]]], described: str, features: Features = FEATURES
+) -> Path:
+    """Write a dataset folder with rows by split; an earlier one is replaced."""
     shutil.rmtree(output, ignore_errors=True)
     (output / "data").mkdir(parents=True)
     for split, listed in rows.items():
-        Dataset.from_list(listed, features=FEATURES).to_parquet(output / "data" / f"{split}-00000-of-00001.parquet")
+        Dataset.from_list(listed, features=features).to_parquet(output / "data" / f"{split}-00000-of-00001.parquet")
     files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in rows]
     configs = [{"config_name": "default", "description": described, "data_files": files}]
     (output / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n\n# {described}\n")
