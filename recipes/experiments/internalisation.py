@@ -8,7 +8,7 @@ have at the end? The more signals, the longer the chain of states that no frame 
 tiny random model is first taught to see (questions about one signal, never about a chain), in the role of a pretrained
 backbone. Each arm starts from it and trains for equally many steps on the same clips by the recipes' own scripts; the
 YAML lists arms and difficulties. A run that is in the output folder already is not repeated, so that several processes
-may share one folder, each with other `--seeds` or `--arms`; each command writes the figures of all runs that are there.
+may share one folder, each with other `--seeds` or `--arms`; each command writes the figures of all that are there.
 """
 
 import json
