@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,10 @@ def write_task(output: Path, num_swaps: int, num_rows: int, num_answers: int) ->
     thought video).
     """
     total, built = num_rows + num_answers, output / "built"
-    build(
-        ["build", "--source", "simulated", "--world", "color_swap", "--num_rows", str(total), "--seed", str(num_swaps)]
-        + ["--dials", f"color_swap.num_swaps={num_swaps}", "color_swap.frames_per_swap=4"]
-        + ["--validation_fraction", str(num_answers / total), "--test_fraction", "0", "--output", str(built)]
-    )
+    world = ["--source", "simulated", "--world", "color_swap", "--num_rows", str(total), "--seed", str(num_swaps)]
+    dials = ["--dials", f"color_swap.num_swaps={num_swaps}", "color_swap.frames_per_swap=4"]
+    splits = ["--validation_fraction", str(num_answers / total), "--test_fraction", "0"]
+    build(["build", *world, *dials, *splits, "--output", str(built)])
     rows: dict[str, list[dict[str, Any]]] = {}
     for split in ("train", "validation"):
         rows[split] = [
@@ -93,7 +93,7 @@ def write_task(output: Path, num_swaps: int, num_rows: int, num_answers: int) ->
 def _chain(plan: str) -> str:
     """The lamp's colours in a plan, one after another."""
     words = plan.replace(";", " ").replace(".", " ").replace(",", " ").split()
-    states = [after for before, after in zip(words, words[1:]) if before in ("starts", "lamp") and after != "starts"]
+    states = [after for before, after in pairwise(words) if before in ("starts", "lamp") and after != "starts"]
     return f"<think>{' '.join(states)}</think>"
 
 
@@ -146,8 +146,8 @@ def make_base(folder: Path, seed: int) -> None:
     base, processor = build_tiny_base(
         seed, num_hidden_layers=4, hidden_size=128, initializer_range=0.08, rope_theta=10.0, texts=texts
     )
-    # Two tokens for each pair of frames, the lamp and the signal; two pairs of frames for every signal.
-    processor.video_processor.size = {"shortest_edge": 28 * 56, "longest_edge": 28 * 56}
+    # One token for each pair of frames, of which a signal has one.
+    processor.video_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28}
     model, storms_processor = convert(base, processor, seed=seed)
     storms_processor.video_processor.num_frames, storms_processor.video_processor.fps = None, 6.0
     model.save_pretrained(folder)

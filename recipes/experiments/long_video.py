@@ -89,8 +89,8 @@ def make_base(folder: Path, seed: int) -> None:
     base, processor = build_tiny_base(
         seed, num_hidden_layers=4, hidden_size=128, initializer_range=0.08, rope_theta=10.0, texts=texts * 10
     )
-    # Frames of 28 x 56, two tokens a step: colours are all there is to see.
-    processor.video_processor.size = {"shortest_edge": 28 * 56, "longest_edge": 28 * 56}
+    # Frames of 28 x 28, one token a step: colours are all there is to see.
+    processor.video_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28}
     model, storms_processor = convert(base, processor, seed=seed)
     model.config.temporal_pool = storms_processor.video_processor.temporal_pool = 4
     model.save_pretrained(folder)
