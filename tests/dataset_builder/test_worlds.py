@@ -253,7 +253,7 @@ def test_color_swap_signals_take_the_shown_colour_to_the_answer_and_the_thought_
     for scene in scenes("color_swap", num_swaps=5):
         colors = [COLORS[name] for name in scene.options]
 
-        def lamp(frame):
+        def lamp(frame, colors=tuple(colors)):
             return [blob(frame[:, :84], np.array(color)) for color in colors]
 
         lit = [one is not None for one in lamp(scene.frame(0))].index(True)
