@@ -60,7 +60,7 @@ class LongVideoArguments:
 
 
 def write_world(output: Path, world: str, num_rows: int, num_answers: int, seed: int) -> None:
-    """Clips of one world, each with a question: in `train` and `validation` about a signal, in `see` about the start."""
+    """Clips of one world, each with a question: about a signal (`train`, `validation`) or the start (`see`)."""
     num_swaps, frames_per_swap, asked = WORLDS[world]
     dials = {"color_swap": {"num_swaps": num_swaps, "frames_per_swap": frames_per_swap}}
     total = num_rows + num_answers

@@ -145,7 +145,8 @@ def test_the_experiment_on_latents_runs_whole_and_repeats_nothing(tmp_path):
     assert all(one["video"] == other["video"] for one, other in zip(rows["chain"], rows["train"]))
     for row, answered in zip(rows["train"], rows["chain"]):
         *states, last = answered["answer"].replace("<think>", "").replace("</think>", "").split()
-        assert states[-1] == last == row["answer"] and len(states) == 3
+        assert len(states) == 3
+        assert states[-1] == last == row["answer"]
         assert row["reasoning_plan"].startswith(f"The lamp starts {states[0]}.")
 
 
