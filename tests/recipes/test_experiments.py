@@ -12,7 +12,7 @@ from dataset_builder.schema import LETTERS
 from dataset_builder.sources.simulated import list_rows, scene_of
 from modeling_storms import StormsForConditionalGeneration, StormsProcessor
 from modeling_storms.video_storms import decode_video
-from recipes.answers import answer_rows
+from recipes.answers import answer_rows, compare_solvers
 from recipes.collator import StormsCollator
 from recipes.experiments import gate
 from recipes.experiments.perception import SEEN, START, PerceptionArguments, write_perception
@@ -90,6 +90,16 @@ def test_a_row_given_its_own_states_answers_as_before(tmp_path):
     turned = answer_rows(model, collator, rows, batch_size=4, replace_states=[*states[1:], states[0]])
     torch.testing.assert_close(turned[0]["latent_states"], states[1])
     assert [one["text"] for one in turned] != [one["text"] for one in own]
+
+
+def test_solvers_agree_where_they_must(model, processor):
+    rows, collator = make_rows(3), StormsCollator(processor, latent_size=3)
+    sequential, first, last = compare_solvers(model, collator, rows, (1, 3), latent_size=3, max_new_tokens=4)
+    assert (sequential["iterations"], sequential["same_answer"], sequential["max_difference"]) == (None, 1.0, 0.0)
+    assert (last["iterations"], last["same_answer"], last["accuracy"]) == (3, 1.0, sequential["accuracy"])
+    assert last["relative_error"] <= last["max_difference"] < 1e-5
+    assert first["relative_error"] > 0.01
+    assert first["relative_error"] < first["max_difference"]
 
 
 def test_the_gate_says_what_is_missing():
