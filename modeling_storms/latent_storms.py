@@ -206,6 +206,7 @@ class LatentRun:
         self.generation_config: Any = None
         self.prompt_length = 0
         self.max_slots = 0
+        self.may_skip_head = False
         self.first_slot_steps: list[int | None] = []  # the step that feeds each row's first slot, where that is known
         self.num_opened: list[int] = []  # blocks that each row has opened, or surely will
         self.cache: Cache | None = None  # once a Jacobi solve has filled a block
@@ -215,9 +216,10 @@ class LatentRun:
         self.recorded: torch.Tensor | None = None  # (B, max_slots, H)
         self.recorded_length = 0  # sequence length at the last record
 
-    def begin(self, prompt_length: int, generation_config: GenerationConfig) -> None:
+    def begin(self, prompt_length: int, generation_config: GenerationConfig, may_skip_head: bool) -> None:
         self.prompt_length = prompt_length
         self.generation_config = generation_config
+        self.may_skip_head = may_skip_head
         new_ids = generation_config.max_length - prompt_length
         self.max_slots = min(self.options.latent_size * self.options.max_latent_blocks, new_ids)
 
@@ -229,6 +231,13 @@ class LatentRun:
 
     def step(self, input_ids: torch.Tensor) -> int:
         return input_ids.shape[1] - self.prompt_length
+
+    def is_outcome_fixed(self, step: int) -> bool:
+        """Whether no row has a choice after a step, as far as the host knows: logits would not be looked at."""
+        known = [first for first in self.first_slot_steps if first is not None]
+        if self.options.latent_stop != "budget" or len(known) < len(self.first_slot_steps):
+            return False
+        return step < min(known) + self.options.latent_size
 
     def begins_block(self, input_ids: torch.Tensor) -> list[bool]:
         """For each row, whether its last id is a block's first slot; reads the ids only if that is not known."""
@@ -1154,9 +1163,13 @@ class LatentReasoningMixin(Backbone):
     def _get_logits_processor(self, generation_config, *args, **kwargs):
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         if (run := (kwargs.get("model_kwargs") or {}).get("latent_run")) is not None:
+            cache = kwargs["model_kwargs"].get("past_key_values")
             if run.options.latent_solver == "jacobi":
-                _check_rewindable(kwargs["model_kwargs"].get("past_key_values"))
-            run.begin(kwargs["input_ids_seq_length"], generation_config)
+                _check_rewindable(cache)
+            # A compiled step with a head and one without would be two graphs. Whoever looks at logits gets them.
+            looked_at = generation_config.output_logits or kwargs.get("logits_processor")
+            may_skip_head = not looked_at and not (cache is not None and cache.is_compileable)
+            run.begin(kwargs["input_ids_seq_length"], generation_config, may_skip_head)
             fill_token_id = _fill_token_id(generation_config)
             return LatentProcessorList(processors, run, bool(generation_config.do_sample), fill_token_id)
         if getattr(generation_config, "latent_mode", None) == "off":
@@ -1189,10 +1202,10 @@ class LatentReasoningMixin(Backbone):
         kwargs |= {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
         if latent_run is None:
             return super().prepare_inputs_for_generation(input_ids, **kwargs)
-        run = latent_run
+        run, step = latent_run, latent_run.step(input_ids)
         if is_first_iteration:
             run.read_prompt(input_ids)
-            return self._latent_inputs(input_ids, run, **kwargs)
+            return self._latent_inputs(input_ids, run, 0, **kwargs)
         feedback = run.next_feedback(input_ids)
         if run.num_filled > 0:
             run.num_filled -= 1
@@ -1204,11 +1217,13 @@ class LatentReasoningMixin(Backbone):
             }
         if run.options.latent_solver == "jacobi" and any(begins := run.begins_block(input_ids)):
             return self._solve_block(input_ids, run, begins, feedback, **kwargs)
-        return self._latent_inputs(input_ids, run, latent_feedback=feedback, **kwargs)
+        return self._latent_inputs(input_ids, run, step, latent_feedback=feedback, **kwargs)
 
-    def _latent_inputs(self, input_ids, run, **kwargs):
-        """The library's inputs for a step, with the bottleneck's mask."""
+    def _latent_inputs(self, input_ids, run, step, **kwargs):
+        """The library's inputs for a step, with the bottleneck's mask and without a head where nobody has a choice."""
         model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if run.may_skip_head and run.is_outcome_fixed(step):
+            model_inputs["latent_fixed"] = True
         if run.options.latent_bottleneck:
             blind, concealed = self._bottleneck_sight(input_ids, input_ids == run.tokens.pad)
             attention_mask = kwargs.get("attention_mask")
@@ -1239,7 +1254,7 @@ class LatentReasoningMixin(Backbone):
 
         def inputs(states):
             fed = {"latent_feedback": states[:, :width], "latent_fixed": True}
-            return self._latent_inputs(ids, run, **wide) | fed
+            return self._latent_inputs(ids, run, run.step(input_ids), **wide) | fed
 
         states = feedback.repeat(1, size, 1)
         for _ in range(min(run.options.jacobi_iterations, size) - 1):
@@ -1252,7 +1267,7 @@ class LatentReasoningMixin(Backbone):
         rows = torch.tensor(begins, device=states.device)[:, None, None]
         run.solved = states if run.solved is None else torch.where(rows, states, run.solved)
         kwargs |= {"past_key_values": past_key_values, "latent_feedback": feedback}
-        return self._latent_inputs(input_ids, run, **kwargs)
+        return self._latent_inputs(input_ids, run, run.step(input_ids), **kwargs)
 
 
 # `generate` inspects the signature of remote code's forward at every step. Kept ready, that costs a tenth.
