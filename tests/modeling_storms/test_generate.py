@@ -215,9 +215,11 @@ class TestCaches:
         compile_config = CompileConfig(mode="default")
         compile_config._compile_all_devices = True  # transformers compiles on accelerators only, unless told
         torch._dynamo.reset()
+        counters = torch._dynamo.utils.counters
+        counters.clear()
         with torch._dynamo.config.patch(error_on_recompile=True):
             compiled = model.generate(**inputs, cache_implementation="static", compile_config=compile_config, **kwargs)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+        assert (counters["stats"]["unique_graphs"], dict(counters["graph_break"])) == (1, {})
         assert compiled.sequences.tolist() == plain.sequences.tolist()
         for one, other in zip(compiled.latent_states, plain.latent_states):
             torch.testing.assert_close(one, other, atol=STATE_TOLERANCE, rtol=STATE_TOLERANCE)
@@ -537,6 +539,7 @@ class TestHotPath:
         "options",
         [
             {"latent_mode": "force", "latent_size": 40},
+            {"latent_mode": "force", "latent_size": 40, "cache_implementation": "static"},
             {"latent_mode": "force", "latent_size": 3, "max_latent_blocks": 4},
             {"latent_mode": "auto", "latent_stop": "token", "repetition_penalty": 1.2},
             {"latent_mode": "force", "latent_size": 40, "do_sample": True, "latent_stop": "token"},

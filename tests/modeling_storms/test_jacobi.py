@@ -195,11 +195,15 @@ class TestCost:
     def test_compiled_decoding_compiles_once(self, model, prompts):
         inputs = prompts("video", "text")
         expected = model.generate(**inputs, max_new_tokens=SIZE + 6, **FORCED)
-        compile_config = CompileConfig(mode="default")
+        compile_config = CompileConfig(mode="default", backend="aot_eager")
         compile_config._compile_all_devices = True  # transformers compiles on accelerators only, unless told
         compiled = {"cache_implementation": "static", "compile_config": compile_config, "max_new_tokens": SIZE + 6}
         torch._dynamo.reset()
+        counters = torch._dynamo.utils.counters
+        counters.clear()
         assert_same(model.generate(**inputs, **compiled, **FORCED, **jacobi(SIZE)), expected)
+        # A single position, the whole block, and the steps that run nothing.
+        assert (counters["stats"]["unique_graphs"], dict(counters["graph_break"])) == (3, {})
         with torch._dynamo.config.patch(error_on_recompile=True):
             assert_same(model.generate(**inputs, **compiled, **FORCED, **jacobi(SIZE)), expected)
 
