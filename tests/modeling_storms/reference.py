@@ -69,8 +69,13 @@ def recompute(model, row, embeds, attention_mask=None):
 
 
 @torch.no_grad()
-def reference_generate(model, row, tokens, max_new_tokens, mode, size, stop="budget", max_blocks=1, eos=()):
-    """Greedy decoding of one row by the rules of the design, recomputing everything at every step."""
+def reference_generate(
+    model, row, tokens, max_new_tokens, mode, size, stop="budget", max_blocks=1, eos=(), iterations=None
+):
+    """Greedy decoding of one row by the rules of the design, recomputing everything at every step.
+
+    With `iterations`, a block's slots hold what so many parallel passes over guesses feed last.
+    """
     start, pad, end = tokens
     run = ReferenceRun()
     embeds = model.get_input_embeddings()(row["input_ids"])
@@ -90,7 +95,12 @@ def reference_generate(model, row, tokens, max_new_tokens, mode, size, stop="bud
             token = int(logits.argmax())
         run.new_ids.append(token)
         if token == pad:
-            vector = hidden[-1]
+            if num_slots == 0 and iterations is not None:
+                guesses = [hidden[-1]] * size
+                for _ in range(iterations - 1):
+                    states = recompute(model, row, torch.cat([embeds, torch.stack(guesses)[None]], dim=1))
+                    guesses = [hidden[-1], *states[embeds.shape[1] : -1]]
+            vector = hidden[-1] if iterations is None else guesses[num_slots]
             run.states.append(vector)
             num_slots += 1
         else:

@@ -14,7 +14,7 @@ from dataset_builder.sources.simulated import list_rows, scene_of
 from dataset_builder.sources.worlds import COLORS
 from modeling_storms import StormsForConditionalGeneration, StormsProcessor
 from modeling_storms.video_storms import decode_video
-from recipes.answers import answer_rows
+from recipes.answers import answer_rows, compare_solvers
 from recipes.collator import StormsCollator
 from recipes.data import load_split
 from recipes.experiments import gate, internalisation, long_video
@@ -162,6 +162,16 @@ def test_the_projectors_experiment_runs_whole_and_arms_see_equally_many_tokens(t
         upper, lower = frames[4 * signal][[20, 38], 63].astype(int)  # halves of the signal, at half the size
         shown = {min(COLORS, key=lambda name: abs(COLORS[name] - color).sum()) for color in (upper, lower)}
         assert shown | {row["answer"]} == {"red", "green", "blue"}
+
+
+def test_solvers_agree_where_they_must(model, processor):
+    rows, collator = make_rows(3), StormsCollator(processor, latent_size=3)
+    sequential, first, last = compare_solvers(model, collator, rows, (1, 3), latent_size=3, max_new_tokens=4)
+    assert (sequential["iterations"], sequential["same_answer"], sequential["max_difference"]) == (None, 1.0, 0.0)
+    assert (last["iterations"], last["same_answer"], last["accuracy"]) == (3, 1.0, sequential["accuracy"])
+    assert last["relative_error"] <= last["max_difference"] < 1e-5
+    assert first["relative_error"] > 0.01
+    assert first["relative_error"] < first["max_difference"]
 
 
 def test_the_gate_says_what_is_missing():
