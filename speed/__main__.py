@@ -31,6 +31,7 @@ from rich.progress import track
 from rich.table import Table
 
 from dataset_builder.thought_video import encode_video
+from evaluation.clock import ModuleClock
 from modeling_storms import StormsForConditionalGeneration
 from modeling_storms.video_storms import decode_video, uniform_frame_indices
 from recipes.collator import IGNORED, TARGET_MEDIA, StormsCollator
@@ -180,7 +181,7 @@ def measure_long_video(device: str, num_frames: int, rounds: int, latent_size: i
         ).to(device)
         tokens[name] = int((inputs["input_ids"] == config.video_token_id).sum())
         clocks[name] = {}
-        ways[name] = partial(_time_modules, model, inputs, reduction, latent_size, clocks[name], device != "cpu")
+        ways[name] = partial(_time_modules, model, inputs, reduction, latent_size, clocks[name])
     for name, way in ways.items():
         way()
         clocks[name].clear()
@@ -201,33 +202,14 @@ def measure_long_video(device: str, num_frames: int, rounds: int, latent_size: i
     ]
 
 
-def _time_modules(model: Any, inputs: Any, reduction: Any, latent_size: int, clock: Any, synchronize: bool) -> None:
+def _time_modules(model: Any, inputs: Any, reduction: Any, latent_size: int, clock: Any) -> None:
     """One forced block and eight tokens; adds the seconds of each module to `clock`."""
-    passes: list[float] = []
-    found = {"vision tower": 0.0, "projector": 0.0}
-    begun: list[float] = []
-
-    def now() -> float:
-        if synchronize:
-            torch.accelerator.synchronize()
-        return time.perf_counter()
-
-    def watch(module: torch.nn.Module, add: Callable[[float], None]) -> list[Any]:
-        before = module.register_forward_pre_hook(lambda *_: begun.append(now()))
-        return [before, module.register_forward_hook(lambda *_: add(now() - begun.pop()))]
-
-    hooks = watch(model.model.visual, lambda seconds: found.update({"vision tower": seconds}))
-    hooks += watch(model.model.temporal_projector, lambda seconds: found.update({"projector": seconds}))
-    hooks += watch(model.model.language_model, passes.append)
-    try:
-        options = {"latent_mode": "force", "max_new_tokens": latent_size + 10, "min_new_tokens": latent_size + 10}
-        model.generate(**inputs, **reduction, **options)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found |= {"prefill": passes[0], "latent block": sum(passes[1 : latent_size + 2])}
-    found["decode"] = sum(passes[latent_size + 2 :])
-    for name, one in found.items():
+    timed = ModuleClock(model)
+    options = {"latent_mode": "force", "max_new_tokens": latent_size + 10, "min_new_tokens": latent_size + 10}
+    with timed.running() as passes:
+        sequences = model.generate(**inputs, **reduction, **options)
+    timed.add_passes(passes, sequences[:, inputs["input_ids"].shape[1] :])
+    for name, one in timed.seconds.items():
         clock.setdefault(name, []).append(one)
 
 
