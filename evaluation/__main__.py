@@ -3,16 +3,19 @@
     python -m evaluation --model org/storms-7b --benchmarks videomme,mvbench --frames 32 --output results
     python -m evaluation --model Qwen/Qwen2.5-VL-7B-Instruct --benchmarks mmvu --thinking --output results
     python -m evaluation --model storms --benchmarks thoughts --latent_mode off,force --latent_size 4,8
+    python -m evaluation --model storms --benchmarks mlvu --frames 32,128 --temporal_pool 1,4 --temporal_sampling 1,2
     accelerate launch -m evaluation --model org/storms-7b --benchmarks videomme --output results
 
 The model may be a STORMS or a plain Qwen2.5-VL checkpoint. Benchmarks come from the Hub, or from folders of the same
 layout under --data_root; a name with a slash, or that is a folder, is a dataset of `dataset_builder`'s schema. Each
-combination of --latent_mode and --latent_size is a run of its own, with a JSON file of all its answers. The same
-command goes on where a killed one stopped: an answer that is there is not asked for again, and what failed is tried
-again. A model, prompt or protocol of its own needs an --output of its own.
+combination of --frames, --temporal_pool, --spatial_pool, --temporal_sampling, --latent_mode and --latent_size is a run
+of its own, with a JSON file of all its answers. The same command goes on where a killed one stopped: an answer that is
+there is not asked for again, and what failed is tried again. A model, prompt or protocol of its own needs an --output
+of its own.
 """
 
 import json
+import re
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -31,6 +34,7 @@ from transformers import HfArgumentParser
 from model_card.push import write_whole
 from model_card.render import public_name
 from modeling_storms.latent_storms import LatentOptions
+from modeling_storms.temporal_storms import REDUCTIONS, TokenReducer
 
 from .answering import Answerer, checkpoint_stamp, load_model
 from .benchmarks import BENCHMARKS, load_benchmark
@@ -38,7 +42,7 @@ from .benchmarks.base import Benchmark
 from .judge import Judge, JudgeError, judge_answers
 from .prompts import PROMPTS
 from .protocols import Protocol
-from .report import print_table, public_command, summarise
+from .report import print_sweep, print_table, public_command, reduction_text, summarise
 from .runner import Item, Journal, costs, run
 
 
@@ -71,8 +75,13 @@ class EvaluationArguments:
     judge_base_url: str | None = _option(
         None, "OpenAI-compatible server of the judge, with /v1. Its key is read from OPENAI_API_KEY."
     )
-    frames: int | None = _option(None, "Short for --protocol uniformN.")
+    frames: str | None = _option(None, "Short for --protocol uniformN; or several numbers with commas.")
     protocol: str | None = _option(None, "Which frames: uniform32 (default), fps2_max32, with any numbers.")
+    temporal_pool: str | None = _option(
+        None, "Average so many grid steps of a video, or several numbers with commas; the checkpoint's by default."
+    )
+    spatial_pool: str | None = _option(None, "Average squares of so many tokens (1, 4, 9, ...), likewise.")
+    temporal_sampling: str | None = _option(None, "Keep each so many-th step that is left, likewise.")
     min_frame_pixels: int | None = _option(None, "Least area of a frame; the checkpoint's own by default.")
     max_frame_pixels: int | None = _option(None, "Largest area of a frame; the checkpoint's own by default.")
     prompt: str = _option("storms", f"How questions are put: {', '.join(PROMPTS)}.")
@@ -90,13 +99,15 @@ class EvaluationArguments:
     def __post_init__(self):
         if self.frames is not None and self.protocol is not None:
             raise ValueError(f"--frames {self.frames} and --protocol {self.protocol} both say which frames: give one.")
-        self.protocol = self.protocol or f"uniform{32 if self.frames is None else self.frames}"
+        self.protocols()
         if self.prompt not in PROMPTS:
             raise ValueError(f"--prompt: saw {self.prompt!r}, expected one of {', '.join(PROMPTS)}.")
         if self.benchmark_revision is not None and len(_names(self.benchmarks)) > 1:
             raise ValueError(f"--benchmark_revision {self.benchmark_revision}: give one benchmark, each has its own.")
         for options in self.latent_settings():
             LatentOptions(**options)
+        for numbers in self.reductions():
+            TokenReducer(**numbers)
         if self.open_ended and self.judge_model is None:
             raise ValueError("--open_ended asks questions that a judge must score. Name one by --judge_model.")
         for name in ("max_questions", "max_new_tokens", "batch_size"):
@@ -105,6 +116,25 @@ class EvaluationArguments:
         if self.max_new_tokens is None:
             self.max_new_tokens = 1024 if self.thinking else 32
 
+    def protocols(self) -> list[Protocol]:
+        """Which frames, for each run of the sweep.
+
+        Raises:
+            ValueError: if there is no such protocol.
+        """
+        pixels = {"min_frame_pixels": self.min_frame_pixels, "max_frame_pixels": self.max_frame_pixels}
+        names = [self.protocol or f"uniform{32 if number is None else number}" for number in self._numbers("frames")]
+        return [Protocol.named(name, **pixels) for name in dict.fromkeys(names)]
+
+    def reductions(self) -> list[dict[str, int]]:
+        """Token reductions of each run of the sweep; only what was given.
+
+        Raises:
+            ValueError: if one is no number.
+        """
+        found = product(*(self._numbers(name) for name in REDUCTIONS))
+        return [{name: one for name, one in zip(REDUCTIONS, given) if one is not None} for given in found]
+
     def latent_settings(self) -> list[dict[str, Any]]:
         """Options of `generate` for each run of the sweep; only what was given.
 
@@ -112,12 +142,7 @@ class EvaluationArguments:
             ValueError: if a size is no number.
         """
         modes: list[str | None] = [None] if self.latent_mode is None else list(_names(self.latent_mode))
-        sizes: list[int | None] = [None]
-        if self.latent_size is not None:
-            try:
-                sizes = [int(size) for size in _names(self.latent_size)]
-            except ValueError:
-                raise ValueError(f"--latent_size: saw {self.latent_size!r}, expected numbers like 4,8.") from None
+        sizes = self._numbers("latent_size")
         settings: list[dict[str, Any]] = []
         for mode, size in product(modes, sizes):
             options: dict[str, Any] = {"latent_mode": mode}
@@ -126,6 +151,14 @@ class EvaluationArguments:
             if options not in settings:  # off has no sizes
                 settings.append(options)
         return settings
+
+    def _numbers(self, name: str) -> list[int | None]:
+        """The numbers of an option, each once; of one that was not given, None."""
+        if (text := getattr(self, name)) is None:
+            return [None]
+        if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
+            raise ValueError(f"--{name}: saw {text!r}, expected numbers like 4,8.")
+        return list(dict.fromkeys(int(number) for number in text.split(",")))
 
 
 def _names(text: str) -> list[str]:
@@ -183,10 +216,11 @@ def check_output(path: Path, settings: dict[str, Any], names: Sequence[str]) -> 
         )
 
 
-def label(options: dict[str, Any]) -> str:
-    """A run's name by its latent options: `force-k8`, `off`, `default`."""
-    size = f"k{options['latent_size']}" if "latent_size" in options else ""
-    parts = (options.get("latent_mode"), size, options.get("latent_stop"))
+def label(options: dict[str, Any], frames: str = "") -> str:
+    """A run's name by what was asked for: `force-k8`, `uniform128-pool4`, `off`, `default`."""
+    named = {"temporal_pool": "pool", "spatial_pool": "spatial", "temporal_sampling": "sampling"}
+    named |= {"latent_mode": "", "latent_size": "k", "latent_stop": ""}
+    parts = [frames, *(f"{short}{options[name]}" for name, short in named.items() if name in options)]
     return "-".join(part for part in parts if part) or "default"
 
 
@@ -194,10 +228,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     given = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(EvaluationArguments, description=__doc__, formatter_class=HelpFormatter)
     (arguments,) = parser.parse_args_into_dataclasses(given)
-    protocol = Protocol.named(
-        arguments.protocol, min_frame_pixels=arguments.min_frame_pixels, max_frame_pixels=arguments.max_frame_pixels
-    )
-    sweep = arguments.latent_settings()
+    protocols, reductions = arguments.protocols(), arguments.reductions()
     # Others wait while the main process downloads or a judge judges, and for the one with the longest videos: hours,
     # not NCCL's ten minutes.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
@@ -210,22 +241,25 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     command = public_command("evaluation", given)
     output = Path(arguments.output)
     results: list[dict[str, Any]] = []
-    totals: list[tuple[str, dict[str, float]]] = []
-    for options in sweep:
+    totals: list[tuple[str, dict[str, Any]]] = []
+    sweep: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = []
+    for protocol, reduction, options in product(protocols, reductions, arguments.latent_settings()):
+        options = reduction | options
         answerer = Answerer(model, processor, arguments.max_new_tokens, arguments.batch_size, **options)
-        latent = answerer.latent_options()
+        latent, reduced = answerer.latent_options(), reduction_text(answerer.reducer)
         settings = {
             "model": public_name(arguments.model),
             "revision": arguments.revision,
             "stamp": stamp,
             "protocol": asdict(protocol),
             "frame_pixels": protocol.frame_size(processor.video_processor.size),
+            "reduction": asdict(answerer.reducer),
             "prompt": prompt,
             "max_new_tokens": arguments.max_new_tokens,
             "latent": latent,
             "dtype": str(model.dtype).removeprefix("torch."),
         }
-        path = output / f"{label(options)}.json"
+        path = output / f"{label(options, protocol.name if len(protocols) > 1 else '')}.json"
         check_output(path, settings, [benchmark.name for benchmark in benchmarks])
         # 1. Answers, all benchmarks together.
         items = [
@@ -240,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         # 2. Figures, a benchmark at a time.
         mode = latent.get("latent_mode", "none")
         mode += f" {latent['latent_size']}" if "latent_size" in latent else ""
+        shown = protocol.name + ("" if reduced == "none" else f", {reduced}")
         entries, scored = [], []
         for benchmark in benchmarks:
             own = [answer for answer in answers if answer["benchmark"] == benchmark.name]
@@ -247,7 +282,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             if arguments.judge_model is not None:
                 judge = Judge(arguments.judge_model, output / ".answers" / "judge.jsonl", arguments.judge_base_url)
                 own, verdicts = judge_answers(judge, benchmark, own)
-            entries.append(summarise(benchmark, own, protocol.name, prompt, mode, command, verdicts))
+            entries.append(summarise(benchmark, own, shown, prompt, mode, command, verdicts))
+            sweep.append((protocol.name, reduced, entries[-1], costs(own)))
             scored += own
         body = {"results": entries, "settings": settings, "costs": costs(scored), "answers": scored}
         write_whole(path, json.dumps(body, indent=2) + "\n")
@@ -255,11 +291,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         totals.append((str(path), costs(scored)))
     if state.is_main_process:
         print_table(results)
-        _print_costs(totals)
+        if len(protocols) * len(reductions) > 1:
+            print_sweep(sweep)
+        else:
+            _print_costs(totals)
     return results
 
 
-def _print_costs(totals: Sequence[tuple[str, dict[str, float]]]) -> None:
+def _print_costs(totals: Sequence[tuple[str, dict[str, Any]]]) -> None:
     table = Table("answers in", "questions/s", "s/question", "median latency", "video tokens", "if not shared")
     table.caption = "Seconds of the model alone, on one device."
     for path, one in totals:

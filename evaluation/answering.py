@@ -7,7 +7,8 @@ vision tower and language model alike. Its keys and values are then copied to on
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from transformers import (
 )
 
 from modeling_storms import StormsForConditionalGeneration, StormsProcessor, StormsVideoProcessor
+from modeling_storms.temporal_storms import REDUCTIONS, TokenReducer
 
 from .benchmarks.base import Question
+from .clock import ModuleClock
 from .protocols import Protocol, read_clip
 
 
@@ -83,13 +86,15 @@ class Clip:
         input_ids, mm_token_type_ids (`torch.Tensor` of shape `(length,)`): up to the video's last token.
         media (`dict`): pixels, grid `(1, 3)` and seconds a grid step.
         record (`dict`): what was really used: `num_frames`, `frame_times` in seconds, `frame_size`, `second_per_grid`,
-            `num_video_tokens`.
+            `num_video_tokens`, those that the language model gets.
+        token_reduction (`torch.Tensor` of shape `(4,)`, *optional*): what the processor reduces them by, if it does.
     """
 
     input_ids: torch.Tensor
     mm_token_type_ids: torch.Tensor
     media: dict[str, torch.Tensor]
     record: dict[str, Any]
+    token_reduction: torch.Tensor | None = None
 
 
 def encode_clip(processor: Any, frames: np.ndarray, metadata: Any, size: Mapping[str, int], system: str = "") -> Clip:
@@ -121,7 +126,8 @@ def encode_clip(processor: Any, frames: np.ndarray, metadata: Any, size: Mapping
         "second_per_grid": float(encoded["second_per_grid_ts"][0]),
         "num_video_tokens": int((ids == processor.video_token_id).sum()),
     }
-    return Clip(ids, types, {name: torch.as_tensor(encoded[name]) for name in MEDIA}, record)
+    media = {name: torch.as_tensor(encoded[name]) for name in MEDIA}
+    return Clip(ids, types, media, record, encoded.get("token_reduction"))
 
 
 def read_question_clip(processor: Any, question: Question, protocol: Protocol, system: str = "") -> Clip:
@@ -186,24 +192,39 @@ class Answerer:
         processor: as `load_model` gives it.
         max_new_tokens (`int`): longest answer; the tokens of latent blocks are added to it.
         batch_size (`int`): questions at once.
-        options: of `generate`: `latent_mode`, `latent_size`, ...
+        options: of `generate`: `latent_mode`, `latent_size`, ..., and `temporal_pool`, `spatial_pool` and
+            `temporal_sampling`, instead of the checkpoint's.
+
+    Attributes:
+        processor: with those reductions: clips for this answerer are to be encoded by it.
+        reducer (`TokenReducer`): what happens to visual tokens, all told.
+        clock (`ModuleClock`): of all that was asked.
 
     Raises:
-        ValueError: if a latent option is given for a model that has no latent mode.
+        ValueError: if a latent option or a reduction is given for a model that has none of this, or is none.
     """
 
     def __init__(self, model: Any, processor: Any, max_new_tokens: int = 32, batch_size: int = 8, **options: Any):
         self.model, self.processor = model, processor
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self.is_latent = hasattr(model, "latent_tokens")
-        latent = {name: value for name, value in options.items() if name.startswith("latent_")}
-        if latent and not self.is_latent:
+        self.reduction = {name: options.pop(name) for name in REDUCTIONS if name in options}
+        ours = [name for name in (*options, *self.reduction) if name.startswith("latent_") or name in REDUCTIONS]
+        if ours and not self.is_latent:
             raise ValueError(
-                f"The model is a plain {type(model).__name__}, without a latent mode, but {', '.join(latent)} was "
-                "given. Leave it out, or make a STORMS checkpoint with `python -m recipes.init_checkpoint`."
+                f"The model is a plain {type(model).__name__}, without a latent mode and token reduction, but "
+                f"{', '.join(ours)} was given. Leave it out, or make a STORMS checkpoint with `python -m "
+                "recipes.init_checkpoint`."
             )
+        self.reducer = replace(model.model.reducer, **self.reduction) if self.is_latent else TokenReducer()
+        if self.reduction:
+            self.processor = copy.copy(processor)
+            self.processor.video_processor = copy.copy(processor.video_processor)
+            for name, number in self.reduction.items():
+                setattr(self.processor.video_processor, name, number)
         self.options = options
         self.num_video_tokens = 0  # that went through the language model so far
+        self.clock = ModuleClock(model)
 
     def latent_options(self, **options: Any) -> dict[str, Any]:
         """The latent mode in force: options given, else the checkpoint's defaults; empty for a plain model."""
@@ -219,10 +240,19 @@ class Answerer:
 
     @torch.no_grad()
     def encode(self, clips: Sequence[Clip]) -> EncodedClips:
-        """Run the clips' prefixes as one batch, to be answered about more than once."""
+        """Run the clips' prefixes as one batch, to be answered about more than once.
+
+        Raises:
+            ValueError: if a clip was encoded for another token reduction than this answerer's.
+        """
         prefix = self._pad([one.input_ids for one in clips], [one.mm_token_type_ids for one in clips])
         media = {name: torch.cat([one.media[name] for one in clips]).to(self.model.device) for name in MEDIA}
-        cache = self._run_prefix(prefix, media)
+        with self._reduced(), self.clock.running() as passes:
+            for one in clips:
+                if one.token_reduction is not None:
+                    self.model.model.check_reduction(one.token_reduction)
+            cache = self._run_prefix(prefix, media)
+        self.clock.add_passes(passes)
         self.num_video_tokens += sum(one.record["num_video_tokens"] for one in clips)
         return EncodedClips(prefix, {name: media[name] for name in MEDIA if name != "pixel_values_videos"}, cache)
 
@@ -241,25 +271,28 @@ class Answerer:
             texts (`Sequence[Sequence[str]]`): for each clip, its questions' prompt texts. They run in batches of
                 `batch_size`, all clips' together.
             keep_logits (`bool`): fill in `Reply.first_logits`.
-            options: of `generate`, over those given at construction.
+            options: of `generate`, over those given at construction; reductions can't be changed here, where prefixes
+                may be encoded already.
 
         Returns:
             For each clip, its questions' replies.
         """
+        assert not options.keys() & set(REDUCTIONS), "reductions are given at construction"
         encoded = clips if isinstance(clips, EncodedClips) else self.encode(clips)
         rows = [(clip, self._suffix(text)) for clip, given in enumerate(texts) for text in given]
         replies: list[list[Reply]] = [[] for _ in texts]
         for begin in range(0, len(rows), self.batch_size):
             batch = rows[begin : begin + self.batch_size]
             used = torch.tensor([clip for clip, _ in batch], device=self.model.device)
-            answered = self._answer_rows(
-                {name: value[used] for name, value in encoded.prefix.items()},
-                {name: value[used] for name, value in encoded.media.items()},
-                _rows_of(encoded.cache, used),
-                [suffix for _, suffix in batch],
-                keep_logits,
-                self.options | options,
-            )
+            with self._reduced():
+                answered = self._answer_rows(
+                    {name: value[used] for name, value in encoded.prefix.items()},
+                    {name: value[used] for name, value in encoded.media.items()},
+                    _rows_of(encoded.cache, used),
+                    [suffix for _, suffix in batch],
+                    keep_logits,
+                    self.options | options,
+                )
             for (clip, _), reply in zip(batch, answered):
                 replies[clip].append(reply)
         return replies
@@ -276,7 +309,8 @@ class Answerer:
         used = torch.tensor([clip for clip, _ in rows], device=self.model.device)
         suffix = self._pad([ids for _, ids in rows], [torch.zeros_like(ids) for _, ids in rows])
         inputs = {name: torch.cat([value[used], suffix[name]], dim=1) for name, value in clips.prefix.items()}
-        positions = self._positions(inputs, {name: value[used] for name, value in clips.media.items()})
+        with self._reduced():
+            positions = self._positions(inputs, {name: value[used] for name, value in clips.media.items()})
         states = self.model.model(
             input_ids=suffix["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -287,6 +321,9 @@ class Answerer:
         kept = suffix["attention_mask"][..., None]
         means = ((states * kept).sum(1) / kept.sum(1)).cpu()
         return list(means.split([len(given) for given in texts]))
+
+    def _reduced(self) -> AbstractContextManager[None]:
+        return self.model.reduced_by(**self.reduction) if self.reduction else nullcontext()
 
     def _suffix(self, text: str) -> torch.Tensor:
         """Ids of what follows the video's last token."""
@@ -353,20 +390,22 @@ class Answerer:
             room = latent["max_latent_blocks"] * (latent["latent_size"] + 2)
             ids = self.processor.latent_token_ids
             stop = [_TextBudget(length, self.max_new_tokens, torch.tensor(ids, device=self.model.device))]
-        out = self.model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            position_ids=self._positions(inputs, media),
-            past_key_values=cache,
-            max_new_tokens=self.max_new_tokens + room,
-            stopping_criteria=stop,
-            output_logits=keep_logits,
-            return_dict_in_generate=True,
-            # Released checkpoints have a repetition penalty, which would count the letters of the options as said, and
-            # a batch's padding with them.
-            **{"do_sample": False, "repetition_penalty": 1.0, **options},
-        )
+        with self.clock.running() as passes:
+            out = self.model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                position_ids=self._positions(inputs, media),
+                past_key_values=cache,
+                max_new_tokens=self.max_new_tokens + room,
+                stopping_criteria=stop,
+                output_logits=keep_logits,
+                return_dict_in_generate=True,
+                # Released checkpoints have a repetition penalty, which would count the letters of the options as said,
+                # and a batch's padding with them.
+                **{"do_sample": False, "repetition_penalty": 1.0, **options},
+            )
         new_ids = out.sequences[:, length:]
+        self.clock.add_passes(passes, new_ids)
         texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
         latent_ids = self.processor.latent_token_ids if self.is_latent else []
         no_text = torch.tensor([*self.processor.tokenizer.all_special_ids, *latent_ids], device=new_ids.device)

@@ -48,7 +48,8 @@ class Storms(lmms):
         batch_size (`int`): questions at once.
         num_workers (`int`): processes that decode videos.
         dtype, attention (`str`, *optional*): as in `python -m evaluation`.
-        latent_mode, latent_size, latent_stop (*optional*): of `generate`; the checkpoint's own by default.
+        latent_mode, latent_size, latent_stop, temporal_pool, spatial_pool, temporal_sampling (*optional*): of
+            `generate`; the checkpoint's own by default.
     """
 
     is_simple = False
@@ -67,6 +68,9 @@ class Storms(lmms):
         latent_mode: str | None = None,
         latent_size: int | None = None,
         latent_stop: str | None = None,
+        temporal_pool: int | None = None,
+        spatial_pool: int | None = None,
+        temporal_sampling: int | None = None,
         device: str | None = None,
         max_batch_size: int | None = None,
     ):
@@ -77,8 +81,10 @@ class Storms(lmms):
         model, self.processor = load_model(pretrained, revision, dtype, attention)
         self.model = model if device is None else model.to(device)
         self.batch_size, self.num_workers = int(batch_size), int(num_workers)
-        latent = {"latent_mode": latent_mode, "latent_size": latent_size, "latent_stop": latent_stop}
-        self.latent = {name: value for name, value in latent.items() if value is not None}
+        options = {"latent_mode": latent_mode, "latent_size": latent_size, "latent_stop": latent_stop}
+        options |= {"temporal_pool": temporal_pool, "spatial_pool": spatial_pool}
+        options |= {"temporal_sampling": temporal_sampling}
+        self.options = {name: value for name, value in options.items() if value is not None}
 
     @property
     def device(self) -> Any:
@@ -99,7 +105,7 @@ class Storms(lmms):
                 int(options.pop("max_new_tokens", 128)),
                 self.batch_size,
                 **_sampling(options),
-                **self.latent,
+                **self.options,
             )
             questions = [_question(self, requests[index], index) for index in indices]
             benchmark = Benchmark("lmms-eval", "lmms-eval", "", questions)

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from model_card.render import public_name
+from modeling_storms.temporal_storms import REDUCTIONS, TokenReducer
 
 from .benchmarks.base import Benchmark
+from .clock import MODULES
 
 
 METRIC = Path(__file__).parent / "metrics" / "video_qa_accuracy"
@@ -31,7 +34,7 @@ def summarise(
     Args:
         benchmark (`Benchmark`): with the questions that were to be asked, and no others.
         answers (`Sequence[Mapping]`): one for each question, as a run's file holds them.
-        protocol, prompt, latent_mode, command (`str`): the circumstances.
+        protocol, prompt, latent_mode, command (`str`): the circumstances; a protocol with its token reduction.
         judge (`Mapping`, *optional*): who judged free-form answers, from `judge_answers`.
 
     Returns:
@@ -88,14 +91,16 @@ def print_table(results: Sequence[Mapping[str, Any]], console: Console | None = 
         results (`Sequence[Mapping]`): from `summarise`.
         console (`Console`, *optional*): by default the terminal.
     """
-    shown = {f"{one['protocol']}, prompt {one['prompt']}": None for one in results}
-    headings = ("benchmark", "latents", "accuracy", "95% interval", "chance", "n", "videos", "unread", "broken")
+    is_swept = len({one["protocol"] for one in results}) > 1
+    shown = {f"{'' if is_swept else one['protocol'] + ', '}prompt {one['prompt']}": None for one in results}
+    headings = ["benchmark", "latents", "accuracy", "95% interval", "chance", "n", "videos", "unread", "broken"]
     caption = "In percent. Wrong are also answers that could not be read, and those to broken videos."
     if any(one["is_subset"] for one in results):
         caption += " * Not all of the benchmark's questions: no result to compare with others'."
-    table = Table(*headings, title="; ".join(shown), caption=caption)
+    table = Table(*["protocol"] * is_swept, *headings, title="; ".join(shown), caption=caption)
     for one in results:
         table.add_row(
+            *[one["protocol"]] * is_swept,
             one["benchmark"],
             one["latent_mode"],
             percent(one["value"]),
@@ -107,6 +112,42 @@ def print_table(results: Sequence[Mapping[str, Any]], console: Console | None = 
             percent(one["decode_failure_rate"]),
         )
     (console or Console()).print(table)
+
+
+def print_sweep(
+    rows: Sequence[tuple[str, str, Mapping[str, Any], Mapping[str, Any]]], console: Console | None = None
+) -> None:
+    """Print what frames and token reduction cost and bring, a row for each result.
+
+    Args:
+        rows (`Sequence[tuple]`): the protocol's name, `reduction_text`, the result from `summarise` and what its
+            answers took, from `costs`.
+        console (`Console`, *optional*): by default the terminal.
+    """
+    differing = [name for name in ("benchmark", "latent_mode") if len({result[name] for *_, result, _ in rows}) > 1]
+    caption = "Accuracy in percent. Milliseconds of the model, a question, on one device."
+    table = Table(box=SIMPLE, padding=0, show_edge=False, caption=caption)  # many columns in 80 characters
+    for heading in ("frames", "reduction", *differing, "visual tokens", "accuracy (95% interval)"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("all, ms", *MODULES):
+        table.add_column(heading.replace(" ", "\n"), no_wrap=True, justify="right")
+    for frames, reduction, result, taken in rows:
+        seconds = [taken["seconds_per_question"], *taken["modules"].values()] if taken else []
+        table.add_row(
+            frames,
+            reduction,
+            *(result[name] for name in differing),
+            f"{taken['video_tokens_per_question']:.0f}" if taken else "",
+            f"{percent(result['value'])} ({interval_text(result['interval'])})",
+            *(f"{1e3 * one:.{1 if one < 0.1 else 0}f}" for one in seconds),
+        )
+    (console or Console()).print(table)
+
+
+def reduction_text(reducer: TokenReducer) -> str:
+    """What happens to a video's tokens, in words: `temporal pool 4, spatial pool 4`, `none`."""
+    numbers = [(name.replace("_", " "), getattr(reducer, name)) for name in REDUCTIONS]
+    return ", ".join(f"{name} {number}" for name, number in numbers if number > 1) or "none"
 
 
 def public_command(module: str, given: Sequence[str]) -> str:

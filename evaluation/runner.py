@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from .answering import Answerer, Clip, Reply, read_question_clip
 from .benchmarks.base import Benchmark, Prompt, Question
+from .clock import MODULES
 from .parsing import score_answer
 from .prompts import RESERVED, prompt_text
 from .protocols import Protocol
@@ -208,16 +209,19 @@ def _ask(answerer: Answerer, window: list[tuple[list[Item], Clip]], journal: Jou
         batch = [window.pop(0)]
         while window and sum(len(group) for group, _ in [*batch, window[0]]) <= answerer.batch_size:
             batch.append(window.pop(0))
+        answerer.clock.take()
         began = time.perf_counter()
         texts = [[item.prompt(clip.record["frame_times"]).text for item in group] for group, clip in batch]
         replies = answerer.answer([clip for _, clip in batch], texts)
         seconds = time.perf_counter() - began
         count = sum(map(len, texts))
+        modules = {name: round(one / count, 6) for name, one in answerer.clock.take().items()}
         answers = []
         for (group, clip), given in zip(batch, replies):
             for item, reply in zip(group, given):
                 cost = {"seconds": seconds / count, "latency": seconds, "batch_size": count, "shared_by": len(group)}
-                answers.append(_record(item, clip, reply) | {name: round(value, 6) for name, value in cost.items()})
+                cost = {name: round(value, 6) for name, value in cost.items()}
+                answers.append(_record(item, clip, reply) | cost | {"modules": modules})
         journal.write(answers)
         bar.update(count)
 
@@ -244,24 +248,28 @@ def _record(item: Item, clip: Clip | None, reply: Reply | None, failure: str = "
     return record
 
 
-def costs(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def costs(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a run's answers took: questions a second, and how long one waits for its batch.
 
     Returns:
-        `dict`: `seconds_per_question` (model time divided by questions), `questions_per_second`, `latency_median` and
-        `latency_p95` in seconds (of whole batches; with `--batch_size 1` of single questions), `video_tokens`, those
-        that went through the language model, and `video_tokens_unshared`, had every question run its own.
+        `dict`: `seconds_per_question` (model time divided by questions), `modules`, how much of it each of `MODULES`
+        took, `questions_per_second`, `latency_median` and `latency_p95` in seconds (of whole batches; with
+        `--batch_size 1` of single questions), `video_tokens`, those that went through the language model,
+        `video_tokens_unshared`, had every question run its own, and `video_tokens_per_question`.
     """
     asked = [answer for answer in answers if "seconds" in answer]
     if not asked:
         return {}
     seconds = sum(answer["seconds"] for answer in asked)
     latency = torch.tensor([answer["latency"] for answer in asked], dtype=torch.float64)
+    unshared = sum(answer["num_video_tokens"] for answer in asked)
     return {
         "seconds_per_question": seconds / len(asked),
+        "modules": {name: sum(answer["modules"][name] for answer in asked) / len(asked) for name in MODULES},
         "questions_per_second": len(asked) / seconds,
         "latency_median": latency.median().item(),
         "latency_p95": latency.quantile(0.95).item(),
         "video_tokens": sum(answer["num_video_tokens"] / answer["shared_by"] for answer in asked),
-        "video_tokens_unshared": sum(answer["num_video_tokens"] for answer in asked),
+        "video_tokens_unshared": unshared,
+        "video_tokens_per_question": unshared / len(asked),
     }

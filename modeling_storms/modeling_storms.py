@@ -147,13 +147,27 @@ class StormsModel(Qwen2_5_VLModel):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the plain model's, on the grids that reduction leaves; a pooled token sits at its group's mean time."""
+        """As the plain model's, on the grids that reduction leaves; a pooled token sits at its group's mean time.
+
+        Raises:
+            ValueError: if the prompt has another number of placeholders: it was written for another reduction.
+        """
         if self.reducer.is_off:
             return super().get_rope_index(
                 input_ids, mm_token_type_ids, image_grid_thw, video_grid_thw, second_per_grid_ts, attention_mask
             )
         images = None if image_grid_thw is None else self._left_grids(image_grid_thw, self.reducer.for_images)
         videos = None if video_grid_thw is None else self._left_grids(video_grid_thw, self.reducer)
+        kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        merged = self.config.vision_config.spatial_merge_size**2
+        for name, kind, grids in (("image", 1, images), ("video", 2, videos)):
+            left = 0 if grids is None else int(grids.prod(-1).sum()) // merged
+            if (found := int(((mm_token_type_ids == kind) & kept.bool()).sum())) != left:
+                raise ValueError(
+                    f"The prompt has {found} {name} tokens, but {left} are left where the model reduces tokens by "
+                    f"{_numbers(self.reducer)}. The processor that wrote the prompt must do the same. Save both "
+                    "together."
+                )
         positions, deltas = super().get_rope_index(
             input_ids, mm_token_type_ids, images, videos, second_per_grid_ts, attention_mask
         )
@@ -164,13 +178,10 @@ class StormsModel(Qwen2_5_VLModel):
         ):
             return positions, deltas
         # The plain model spaces what is left evenly from 0 on. The height of a video's first token is where it begins.
-        is_video = mm_token_type_ids == 2
-        if attention_mask is not None:
-            is_video = is_video & attention_mask.bool()
         seconds = [1.0] * len(video_grid_thw) if second_per_grid_ts is None else second_per_grid_ts
         rate = self.config.vision_config.tokens_per_second
-        sizes = (videos.prod(-1) // self.config.vision_config.spatial_merge_size**2).tolist()
-        rows, columns = is_video.nonzero(as_tuple=True)
+        sizes = (videos.prod(-1) // merged).tolist()
+        rows, columns = ((mm_token_type_ids == 2) & kept.bool()).nonzero(as_tuple=True)
         begin = 0
         for grid, size, second in zip(video_grid_thw.tolist(), sizes, seconds):
             row, places = rows[begin], columns[begin : begin + size]
@@ -178,7 +189,6 @@ class StormsModel(Qwen2_5_VLModel):
             times = (times * rate * second).floor().long().repeat_interleave(size // len(times))
             positions[0, row, places] = positions[1, row, places[0]] + times
             begin += size
-        kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         highest = positions.amax(0).masked_fill(kept == 0, 0).amax(1)
         return positions, (highest + 1 - kept.sum(1))[:, None]
 
@@ -241,12 +251,13 @@ class StormsForConditionalGeneration(LatentReasoningMixin, Qwen2_5_VLForConditio
             token_reduction (`torch.LongTensor` of shape `(4,)`, *optional*): from the processor, to check that.
         """
         reductions: dict[str, Any] = {name: kwargs.pop(name) for name in REDUCTIONS if kwargs.get(name) is not None}
-        with self._reduced_by(reductions):
+        with self.reduced_by(**reductions):
             self.model.check_reduction(token_reduction)
             return super().generate(*args, **kwargs)
 
     @contextmanager
-    def _reduced_by(self, reductions: dict[str, Any]) -> Iterator[None]:
+    def reduced_by(self, **reductions: Any) -> Iterator[None]:
+        """Within it the model reduces tokens by other numbers than the config's, as in `generate`."""
         reducer = self.model.reducer
         self.model.reducer = replace(reducer, **reductions)
         try:

@@ -29,9 +29,13 @@ REAL_CLIPS = Path(__file__).parents[2] / "shared" / "clips"
 QUESTIONS = ("Which cup moves?", "Does the red car stop before the light changes, or after two seconds?", "Why?")
 
 
-def ask(processor, video, **processor_kwargs):
+PROJECTOR = {"num_layers": 2, "state_size": 8, "head_dim": 16}
+REDUCED = {"temporal_pool": 2, "spatial_pool": 4, "temporal_sampling": 2}
+
+
+def ask(processor, video, text="Why?", **processor_kwargs):
     """Model inputs of one question about a video."""
-    messages = [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": "Why?"}]}]
+    messages = [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": text}]}]
     return processor.apply_chat_template(
         messages,
         add_generation_prompt=True,
@@ -75,6 +79,26 @@ def enliven(model, factor: float = 4.0):
     return model
 
 
+def with_reduction(model, processor, projector=None, **reduction):
+    """A model with the same weights that reduces tokens, behind a projector that does something; its processor."""
+    config = copy.deepcopy(model.config)
+    config.temporal_projector = projector
+    for name, value in reduction.items():
+        setattr(config, name, value)
+    changed = StormsForConditionalGeneration(config).eval()
+    found = changed.load_state_dict(model.state_dict(), strict=False)
+    assert not found.unexpected_keys
+    assert all("temporal_projector" in name for name in found.missing_keys)
+    changed.generation_config = copy.deepcopy(model.generation_config)
+    torch.manual_seed(2)
+    for parameter in changed.model.temporal_projector.parameters() if projector else ():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    own = copy.deepcopy(processor)
+    for name, value in reduction.items():
+        setattr(own.video_processor, name, value)
+    return changed, own
+
+
 @pytest.fixture(scope="session")
 def pair():
     """The plain class and the STORMS class with the same weights, and the processor."""
@@ -109,6 +133,14 @@ def clip(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def short_clip(tmp_path_factory) -> Path:
+    """Five frames of another size."""
+    path = tmp_path_factory.mktemp("clips") / "short.mp4"
+    path.write_bytes(encode_video(moving_disc(5, 84, 112), 4))
+    return path
+
+
 @pytest.fixture
 def real_clips() -> Path:
     if not REAL_CLIPS.is_dir():
@@ -116,19 +148,19 @@ def real_clips() -> Path:
     return REAL_CLIPS
 
 
-@pytest.fixture(scope="session")
-def prompts(processor, clip):
-    """Model inputs of a batch, by kind of prompt: `prompts("video", "text")` has two rows."""
+def prompts_of(processor, clip, short_clip, num_frames=4):
+    """Makes model inputs of a batch, by kind of prompt: `prompts("video", "text")` has two rows."""
     generator = np.random.default_rng(0)
     image = Image.fromarray(generator.integers(0, 255, (56, 84, 3), dtype=np.uint8))
     media = {
         "text": [],
         "image": [{"type": "image", "image": image}],
         "video": [{"type": "video", "video": str(clip)}],
+        "short": [{"type": "video", "video": str(short_clip)}],
         "both": [{"type": "image", "image": image}, {"type": "video", "video": str(clip)}],
     }
 
-    def build(*kinds: str, num_frames: int = 4):
+    def build(*kinds: str, num_frames: int = num_frames):
         conversations = [
             [{"role": "user", "content": [*media[kind], {"type": "text", "text": QUESTIONS[row % len(QUESTIONS)]}]}]
             for row, kind in enumerate(kinds)
@@ -143,3 +175,8 @@ def prompts(processor, clip):
         )
 
     return build
+
+
+@pytest.fixture(scope="session")
+def prompts(processor, clip, short_clip):
+    return prompts_of(processor, clip, short_clip)

@@ -12,7 +12,7 @@ from transformers.video_utils import VideoMetadata
 from evaluation.answering import Answerer, encode_clip, load_model, read_question_clip
 from evaluation.benchmarks.base import Question
 from evaluation.protocols import Protocol
-from tests.conftest import moving_disc
+from tests.conftest import PROJECTOR, moving_disc, with_reduction
 
 
 QUESTIONS = (
@@ -29,15 +29,25 @@ def sampled(num_frames, fps=4.0):
     return VideoMetadata(total_num_frames=num_frames, fps=fps, frames_indices=list(range(num_frames)))
 
 
-@pytest.fixture(scope="module")
-def clips(processor):
+def encode_clips(processor):
     size = processor.video_processor.size
     return [
         encode_clip(processor, moving_disc(*shape, seed), sampled(shape[0]), size) for seed, shape in enumerate(SHAPES)
     ]
 
 
-def alone(model, processor, seed, text, **options):
+@pytest.fixture(scope="module")
+def clips(processor):
+    return encode_clips(processor)
+
+
+@pytest.fixture(scope="module")
+def reduced(pair):
+    """A checkpoint with a projector that reduces tokens by default, and its processor."""
+    return with_reduction(pair[1], pair[2], PROJECTOR, temporal_pool=2, spatial_pool=4)
+
+
+def alone(model, processor, seed, text, reduction=None, **options):
     """One question about one clip by the library's own way: no batch, no shared prefix."""
     frames = moving_disc(*SHAPES[seed], seed)
     messages = [{"role": "user", "content": [{"type": "video", "video": frames}, {"type": "text", "text": text}]}]
@@ -47,9 +57,10 @@ def alone(model, processor, seed, text, **options):
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={"video_metadata": [sampled(len(frames))], "do_sample_frames": False},
+        processor_kwargs={"video_metadata": [sampled(len(frames))], "do_sample_frames": False, **(reduction or {})},
     )
-    out = model.generate(**inputs, return_dict_in_generate=True, output_logits=True, do_sample=False, **options)
+    options |= {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+    out = model.generate(**inputs, **options, **(reduction or {}))
     new = out.sequences[:, inputs["input_ids"].shape[1] :]
     return processor.batch_decode(new, skip_special_tokens=True)[0], out
 
@@ -63,23 +74,69 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_batches_with_shared_prefixes_answer_like_one_question_at_a_time(pair, processor, clips, mode):
-    model = (pair[0] if mode == "plain" else pair[1]).eval()
-    options = MODES[mode]
+REDUCTIONS = {
+    "own": {},  # the checkpoint's
+    "sampled": {"temporal_sampling": 2},  # on top of it
+    "instead": {"temporal_pool": 1, "spatial_pool": 1, "temporal_sampling": 3},
+}
+
+
+CASES = [(mode, "none") for mode in MODES]
+CASES += [("auto", "own"), ("force", "sampled"), ("off", "instead"), ("bottleneck", "own")]
+
+
+@pytest.mark.parametrize(("mode", "reduction"), CASES)
+def test_batches_with_shared_prefixes_answer_like_one_question_at_a_time(pair, reduced, mode, reduction):
+    model, processor = pair[mode != "plain"], pair[2]
+    if reduction != "none":
+        model, processor = reduced
+    model = model.eval()
+    options, numbers = MODES[mode], REDUCTIONS.get(reduction, {})
     room = options.get("latent_size", -2) + 2 if mode not in ("plain", "off", "auto") else 0
-    answered = Answerer(model, processor, max_new_tokens=12, batch_size=4, **options).answer(clips, QUESTIONS)
+    answerer = Answerer(model, processor, max_new_tokens=12, batch_size=4, **options, **numbers)
+    clips = encode_clips(answerer.processor)
+    # Steps of 2 x 2 tokens, 4, 3 and 6 of them, and what reductions leave of that.
+    left = {"none": [16, 12, 24], "own": [2, 2, 3], "sampled": [1, 1, 2], "instead": [8, 4, 8]}[reduction]
+    assert [one.record["num_video_tokens"] for one in clips] == left
+    answered = answerer.answer(clips, QUESTIONS)
+    assert answerer.num_video_tokens == sum(left)
     texts = []
     for seed, (given, replies) in enumerate(zip(QUESTIONS, answered)):
         assert len(given) == len(replies)
         for text, reply in zip(given, replies):
-            expected, out = alone(model, processor, seed, text, max_new_tokens=12 + room, **options)
+            expected, out = alone(model, processor, seed, text, numbers, max_new_tokens=12 + room, **options)
             assert reply.text == expected
             texts.append(expected)
             if mode not in ("plain", "off"):
                 assert reply.latent_stop_reason == out.latent_stop_reasons[0]
                 torch.testing.assert_close(reply.latent_states, out.latent_states[0], atol=1e-4, rtol=1e-4)
-    assert len(set(texts)) == len(texts), "the test compares nothing if all answers are alike"
+    assert len(set(texts)) > len(texts) / 2, "the test compares nothing if all answers are alike"
+
+
+def test_question_states_are_those_of_the_whole_prompt_in_one_pass(reduced):
+    model, processor = reduced
+    answerer = Answerer(model, processor, temporal_sampling=2)
+    (states,) = answerer.question_states(answerer.encode(encode_clips(answerer.processor)[:1]), QUESTIONS[:1])
+    for text, found in zip(QUESTIONS[0], states):
+        _, out = alone(
+            model, processor, 0, text, {"temporal_sampling": 2}, max_new_tokens=1, output_hidden_states=True
+        )
+        (last,) = out.hidden_states[0][-1]
+        video = (out.sequences[0, :-1] == model.config.video_token_id).nonzero().max()
+        torch.testing.assert_close(found, last[video + 1 :].mean(0), atol=1e-4, rtol=1e-4)
+
+
+def test_reductions_of_clip_and_model_must_agree(pair, reduced, clips):
+    other = Answerer(reduced[0], reduced[1], temporal_sampling=2)
+    with pytest.raises(ValueError, match=r"temporal_sampling=1, .*but the processor by .*temporal_sampling=2"):
+        Answerer(*reduced).encode(encode_clips(other.processor))
+    with pytest.raises(ValueError, match="must do the same"):
+        other.encode(clips)
+    assert reduced[0].model.reducer.temporal_sampling == 1, "an answerer leaves the model as it was"
+    with pytest.raises(ValueError, match="temporal_pool is 0"):
+        Answerer(*reduced, temporal_pool=0)
+    with pytest.raises(ValueError, match="without a latent mode and token reduction, but temporal_pool was given"):
+        Answerer(pair[0], pair[2], temporal_pool=1)
 
 
 def test_logits_of_the_first_answer_token_are_those_after_the_block(pair, processor, clips):

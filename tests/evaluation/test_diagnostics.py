@@ -40,6 +40,7 @@ from evaluation.diagnostics.rows import load_rows, read_frames
 from evaluation.diagnostics.run import FORCE, diagnose
 from evaluation.protocols import Protocol
 from modeling_storms import StormsForConditionalGeneration
+from tests.conftest import PROJECTOR, with_reduction
 
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 210)}
@@ -253,8 +254,8 @@ def test_an_empty_block_is_what_a_forward_pass_over_both_markers_gives(pair, pro
 
 
 def test_one_command_writes_numbers_pictures_and_a_page_of_its_own(built, processor, folder, tmp_path, capsys):
-    model = copy.deepcopy(built["only"])
-    model.__class__ = StormsForConditionalGeneration
+    # Of a checkpoint that reduces tokens; others are examined above.
+    model, processor = with_reduction(built["only"], processor, PROJECTOR, temporal_pool=2, spatial_pool=4)
     model.save_pretrained(tmp_path / "checkpoint")
     processor.save_pretrained(tmp_path / "checkpoint")
     options = {"model": tmp_path / "checkpoint", "dataset": folder, "output": tmp_path / "out"}

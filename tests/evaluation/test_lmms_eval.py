@@ -14,7 +14,7 @@ from evaluation.answering import Answerer, load_model
 from evaluation.benchmarks.base import Benchmark, Prompt, Question
 from evaluation.protocols import Protocol
 from evaluation.runner import Item, Journal, run
-from tests.conftest import moving_disc
+from tests.conftest import moving_disc, with_reduction
 
 
 ROOT = Path(__file__).parents[2]
@@ -64,8 +64,8 @@ def lmms_python(tmp_path_factory):
 @pytest.mark.slow
 def test_lmms_eval_gets_the_answers_of_our_runner(pair, lmms_python, tmp_path):
     # 1. A checkpoint, a task and what our runner answers.
-    pair[1].save_pretrained(tmp_path / "storms")
-    pair[2].save_pretrained(tmp_path / "storms")
+    for part in with_reduction(pair[1], pair[2], temporal_pool=2):
+        part.save_pretrained(tmp_path / "storms")
     videos = []
     for seed, shape in enumerate(((8, 96, 128), (12, 84, 84))):
         videos.append(tmp_path / f"{seed}.mp4")
@@ -77,7 +77,7 @@ def test_lmms_eval_gets_the_answers_of_our_runner(pair, lmms_python, tmp_path):
     ]
     benchmark = Benchmark("clips", "clips", "test", questions, prompts={"official": lambda one: Prompt(one.question)})
     model, processor = load_model(str(tmp_path / "storms"))
-    options = {"latent_mode": "force", "latent_size": 3}
+    options = {"latent_mode": "force", "latent_size": 3, "spatial_pool": 4}
     answerer = Answerer(model, processor, max_new_tokens=12, batch_size=2, **options)
     items = [Item(benchmark, question, "official") for question in questions]
     expected = [one["text"] for one in run(answerer, items, Protocol(num_frames=4), Journal(tmp_path / "journal"))]
@@ -92,7 +92,8 @@ def test_lmms_eval_gets_the_answers_of_our_runner(pair, lmms_python, tmp_path):
     (task / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (task / "task.yaml").write_text(TASK.format(data=task / "data.jsonl"))
     (task / "task.py").write_text(CODE)
-    arguments = f"pretrained={tmp_path / 'storms'},protocol=uniform4,num_workers=0,latent_mode=force,latent_size=3"
+    options |= {"pretrained": tmp_path / "storms", "protocol": "uniform4", "num_workers": 0}
+    arguments = ",".join(f"{name}={value}" for name, value in options.items())
     command = [lmms_python, "-m", "lmms_eval", "--model", "storms", "--model_args", arguments, "--batch_size", "2"]
     command += ["--tasks", "storms_clips", "--include_path", task, "--log_samples", "--output_path", tmp_path / "out"]
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "LMMS_EVAL_HOME": str(tmp_path / "home")}

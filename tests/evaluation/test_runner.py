@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,12 @@ from dataset_builder.thought_video import encode_video
 from evaluation.__main__ import EvaluationArguments, label, main
 from evaluation.answering import Answerer
 from evaluation.benchmarks.base import Benchmark, Question
+from evaluation.prompts import storms_prompt
 from evaluation.protocols import Protocol
 from evaluation.report import public_command
 from evaluation.runner import Item, Journal, costs, run
 from model_card.render import check_results
-from tests.conftest import moving_disc
+from tests.conftest import ask, moving_disc
 from tests.dataset_builder.fault_server import fault_server, reply
 
 
@@ -65,7 +67,7 @@ def items(benchmark, settings=""):
 
 def essence(answers):
     """What must not depend on how a run went."""
-    changing = ("seconds", "latency", "batch_size", "shared_by")
+    changing = ("seconds", "latency", "batch_size", "shared_by", "modules")
     return [{name: value for name, value in answer.items() if name not in changing} for answer in answers]
 
 
@@ -250,6 +252,58 @@ def test_the_command_writes_what_a_model_card_takes(checkpoint, dataset, tmp_pat
     assert "uniform4, prompt storms" in shown
 
 
+def test_a_sweep_answers_as_one_question_at_a_time_with_its_frames_and_reduction(
+    pair, checkpoint, dataset, videos, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "250")
+    given = flags(checkpoint, dataset, tmp_path / "out")
+    given += ["--frames", "4,8", "--temporal_pool", "1,2", "--spatial_pool", "4", "--latent_mode", "off"]
+    results = main(given)
+    written = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
+    names = [f"uniform{frames}-pool{pool}-spatial4-off" for frames in (4, 8) for pool in (1, 2)]
+    assert set(written) == set(names)
+    assert [written[name]["results"][0] for name in names] == results
+    table = capsys.readouterr().out.split("visual tokens")[1]
+    rows = [" ".join(line.split()) for line in table.splitlines()]
+    tokens = []
+    model, processor = pair[1].eval(), pair[2]
+    for name, (frames, pool) in zip(names, product((4, 8), (1, 2))):
+        body, reduction = written[name], {"temporal_pool": pool, "spatial_pool": 4}
+        assert body["settings"]["reduction"] == {**reduction, "temporal_sampling": 1, "pool_images": False}
+        described = f"uniform{frames}, {'temporal pool 2, ' * (pool == 2)}spatial pool 4"
+        assert check_results(body, name)[0]["protocol"] == described
+        for number, answer in enumerate(body["answers"]):
+            path = tmp_path / f"{number // 2}.mp4"
+            path.write_bytes(videos[number // 2])
+            text = storms_prompt(TEXTS[number % 3], ["left", "right", "none"][: 2 + number % 2])
+            inputs = ask(processor, str(path), text, num_frames=frames, **reduction)
+            out = model.generate(**inputs, **reduction, latent_mode="off", max_new_tokens=8, do_sample=False)
+            new = out[:, inputs["input_ids"].shape[1] :]
+            assert answer["text"] == processor.batch_decode(new, skip_special_tokens=True)[0]
+            assert answer["num_video_tokens"] == int((inputs["input_ids"] == processor.video_token_id).sum())
+        taken = body["costs"]
+        assert 0 < sum(taken["modules"].values()) < taken["seconds_per_question"]
+        assert taken["modules"]["latent block"] == taken["modules"]["projector"] == 0
+        assert all(taken["modules"][module] > 0 for module in ("vision tower", "prefill", "decode"))
+        tokens.append(taken["video_tokens_per_question"])
+        low, high = (f"{100 * one:.1f}" for one in body["results"][0]["interval"])
+        accuracy = f"{100 * body['results'][0]['value']:.1f} ({low} to {high})"
+        shown = f"{described.replace(',', '', 1)} {tokens[-1]:.0f} {accuracy}"
+        assert [line for line in rows if line.startswith(f"{shown} ")], shown
+    assert tokens[0] == tokens[3] == 2 * tokens[1] < tokens[2], "twice the frames, half of them left, are as many"
+    # The same command asks nothing again, and one that goes beyond it what is new.
+    asked = []
+    answer = Answerer.answer
+    monkeypatch.setattr(
+        Answerer, "answer", lambda self, *args: (asked.append(self.reducer.temporal_pool), answer(self, *args))[1]
+    )
+    assert main(given) == results
+    assert asked == []
+    given[given.index("1,2")] = "1,2,3"
+    assert len(main(given)) == 6
+    assert set(asked) == {3}
+
+
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_answers(checkpoint, dataset, tmp_path):
     main(flags(checkpoint, dataset, tmp_path / "whole"))
     killer = (
@@ -319,8 +373,9 @@ def test_a_plain_checkpoint_reasons_in_text(pair, dataset, tmp_path):
         part.save_pretrained(tmp_path / "plain")
     results = main([*flags(tmp_path / "plain", dataset, tmp_path / "out"), "--thinking"])
     assert (results[0]["latent_mode"], results[0]["prompt"]) == ("none", "storms, thinking")
-    with pytest.raises(ValueError, match="without a latent mode"):
-        main([*flags(tmp_path / "plain", dataset, tmp_path / "out"), "--latent_mode", "force"])
+    for option, told in (("latent_mode", "force"), ("temporal_pool", "4")):
+        with pytest.raises(ValueError, match=f"without a latent mode and token reduction, but {option} was given"):
+            main([*flags(tmp_path / "plain", dataset, tmp_path / "out"), f"--{option}", told])
 
 
 def test_free_form_answers_go_to_the_judge_once(checkpoint, dataset, tmp_path, monkeypatch):
@@ -373,6 +428,10 @@ def test_two_processes_share_the_questions(checkpoint, dataset, tmp_path):
         (["--prompt", "magic"], "expected one of storms, official"),
         (["--latent_size", "many"], "expected numbers like 4,8"),
         (["--latent_size", "0"], "latent_size is 0"),
+        (["--frames", "0"], "expected numbers above 0"),
+        (["--frames", "4,"], "--frames: saw '4,', expected numbers like 4,8"),
+        (["--temporal_pool", "4.5"], "--temporal_pool: saw '4.5', expected numbers like 4,8"),
+        (["--spatial_pool", "4,8"], "spatial_pool is 8, but must be a square number"),
         (["--latent_mode", "off,on"], "latent_mode is 'on'"),
         (["--batch_size", "0"], "expected 1 or more"),
         (["--open_ended"], "Name one by --judge_model"),
@@ -389,3 +448,9 @@ def test_a_sweep_has_one_run_without_latents():
     settings = arguments.latent_settings()
     assert [label(options) for options in settings] == ["off", "force-k4-token", "force-k8-token"]
     assert [label(options) for options in EvaluationArguments("m", "b").latent_settings()] == ["default"]
+    arguments = EvaluationArguments("m", "b", frames="32,128,32", temporal_pool="1, 4", temporal_sampling="2")
+    assert [protocol.name for protocol in arguments.protocols()] == ["uniform32", "uniform128"]
+    assert [label(options, "uniform128") for options in arguments.reductions()] == [
+        "uniform128-pool1-sampling2",
+        "uniform128-pool4-sampling2",
+    ]

@@ -1,6 +1,5 @@
 """Long video: the projector equals its recurrence, the reducer plain loops; what works without works with them."""
 
-import copy
 import math
 
 import numpy as np
@@ -13,14 +12,10 @@ from torch.nn.functional import layer_norm, silu, softplus
 from modeling_storms import StormsForConditionalGeneration, StormsProcessor
 from modeling_storms.modeling_storms import _plan_passes
 from modeling_storms.temporal_storms import TemporalProjector, TokenReducer
-from tests.conftest import ask, moving_disc
+from tests.conftest import PROJECTOR, REDUCED, ask, with_reduction
 
 from .conftest import eager_to, latent_ids
 from .reference import reference_generate
-
-
-OPTIONS = {"num_layers": 2, "state_size": 8, "head_dim": 16}
-REDUCED = {"temporal_pool": 2, "spatial_pool": 4, "temporal_sampling": 2}
 
 
 def scan(mixer, tokens):
@@ -54,7 +49,7 @@ def scan(mixer, tokens):
 @pytest.mark.parametrize("training", [False, True])
 def test_the_projector_is_the_recurrence_in_both_directions(length, training):
     torch.manual_seed(0)
-    projector = TemporalProjector(32, OPTIONS).train(training)
+    projector = TemporalProjector(32, PROJECTOR).train(training)
     for parameter in projector.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     tokens = torch.randn(length, 32)
@@ -170,37 +165,11 @@ def test_the_vision_tower_in_passes_gives_the_same_features(model, prompts):
 # -- in the model
 
 
-def with_options(model, processor, projector=None, **reduction):
-    """A model with the same weights and the reductions, and the processor to it."""
-    config = copy.deepcopy(model.config)
-    config.temporal_projector = projector
-    for name, value in reduction.items():
-        setattr(config, name, value)
-    changed = StormsForConditionalGeneration(config).eval()
-    missing = changed.load_state_dict(model.state_dict(), strict=False)
-    assert not missing.unexpected_keys
-    assert all("temporal_projector" in name for name in missing.missing_keys)
-    own = copy.deepcopy(processor)
-    for name, value in reduction.items():
-        setattr(own.video_processor, name, value)
-    return changed, own
-
-
-@pytest.fixture(scope="module")
-def reduced(pair):
-    """With a projector that does something, and all reductions at once."""
-    model, processor = with_options(pair[1], pair[2], OPTIONS, **REDUCED)
-    torch.manual_seed(2)
-    for parameter in model.model.temporal_projector.parameters():
-        parameter.data.add_(0.05 * torch.randn_like(parameter))
-    return eager_to(model, start=0.6, end=0.6), processor
-
-
 @torch.no_grad()
 def test_a_new_projector_changes_nothing(model, processor, prompts, tmp_path):
     inputs = prompts("video", "both", "image")
     expected = model(**inputs).logits
-    model.config.temporal_projector = OPTIONS
+    model.config.temporal_projector = PROJECTOR
     model.save_pretrained(tmp_path)  # of the model as it was: no weights of a projector
     loaded, info = StormsForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert {name for name in info["missing_keys"] if "temporal_projector" not in name} == set()
@@ -220,7 +189,7 @@ def test_a_new_projector_changes_nothing(model, processor, prompts, tmp_path):
 @pytest.mark.parametrize("num_frames", [4, 9, 12])
 @pytest.mark.parametrize("reduction", [REDUCED, {"temporal_pool": 3}, {"spatial_pool": 9}, {"temporal_sampling": 2}])
 def test_the_processor_writes_as_many_placeholders_as_tokens_are_left(pair, clip, num_frames, reduction):
-    model, processor = with_options(pair[1], pair[2], **reduction)
+    model, processor = with_reduction(pair[1], pair[2], **reduction)
     inputs = ask(processor, str(clip), num_frames=num_frames)
     steps, height, width = inputs["video_grid_thw"][0].tolist()
     k, p, s = (reduction.get(name, 1) for name in ("temporal_pool", "spatial_pool", "temporal_sampling"))
@@ -234,17 +203,19 @@ def test_the_processor_writes_as_many_placeholders_as_tokens_are_left(pair, clip
 
 @torch.no_grad()
 def test_numbers_of_model_and_processor_must_agree_and_can_be_changed_for_a_call(pair, clip):
-    model, processor = with_options(pair[1], pair[2], temporal_pool=2)
+    model, processor = with_reduction(pair[1], pair[2], temporal_pool=2)
     pooled = ask(processor, str(clip), num_frames=8)
     with pytest.raises(ValueError, match=r"by temporal_pool=1, .*, but the processor by temporal_pool=2"):
         pair[1](**pooled)
     with pytest.raises(ValueError, match=r"do not match.* The model reduces tokens by temporal_pool=2"):
         model(**ask(pair[2], str(clip), num_frames=8))
+    with pytest.raises(ValueError, match=r"The prompt has 24 video tokens, but 12 are left where .* temporal_pool=2"):
+        model.generate(**ask(pair[2], str(clip), num_frames=8), max_new_tokens=4)
     inputs = ask(processor, str(clip), num_frames=8, temporal_sampling=2, temporal_pool=1)
     assert inputs["input_ids"].shape == pooled["input_ids"].shape, "the number of placeholders tells nothing here"
     with pytest.raises(ValueError, match=r"by temporal_pool=2, .*, but the processor by temporal_pool=1"):
         model.generate(**inputs, max_new_tokens=4, latent_mode="off")
-    sampled, own = with_options(pair[1], pair[2], temporal_sampling=2)
+    sampled, own = with_reduction(pair[1], pair[2], temporal_sampling=2)
     options = {"max_new_tokens": 6, "latent_mode": "force", "latent_size": 2}
     expected = sampled.generate(**ask(own, str(clip), num_frames=8), **options)
     assert torch.equal(model.generate(**inputs, temporal_sampling=2, temporal_pool=1, **options), expected)
@@ -252,7 +223,7 @@ def test_numbers_of_model_and_processor_must_agree_and_can_be_changed_for_a_call
 
 
 def test_the_numbers_are_saved_with_model_and_processor(pair, tmp_path):
-    model, processor = with_options(pair[1], pair[2], OPTIONS, **REDUCED, pool_images=True)
+    model, processor = with_reduction(pair[1], pair[2], PROJECTOR, **REDUCED, pool_images=True)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     config = StormsForConditionalGeneration.from_pretrained(tmp_path).config
@@ -262,7 +233,7 @@ def test_the_numbers_are_saved_with_model_and_processor(pair, tmp_path):
 
 
 def test_a_pooled_token_sits_at_its_groups_mean_time(pair, clip):
-    model, processor = with_options(pair[1], pair[2], temporal_pool=2, temporal_sampling=2)
+    model, processor = with_reduction(pair[1], pair[2], temporal_pool=2, temporal_sampling=2)
     plain = ask(pair[2], str(clip), num_frames=20)
     inputs = ask(processor, str(clip), num_frames=20)
     names = ("video_grid_thw", "second_per_grid_ts")
@@ -308,12 +279,9 @@ def prompts_of(processor, videos, texts):
 
 
 @pytest.fixture(scope="module")
-def short_clip(tmp_path_factory):
-    from dataset_builder.thought_video import encode_video
-
-    path = tmp_path_factory.mktemp("short") / "short.mp4"
-    path.write_bytes(encode_video(moving_disc(5, 84, 112), 4))
-    return path
+def reduced(pair):
+    model, processor = with_reduction(pair[1], pair[2], PROJECTOR, **REDUCED)
+    return eager_to(model, start=0.6, end=0.6), processor
 
 
 @pytest.mark.parametrize("mode", ["auto", "force", "off"])
@@ -359,11 +327,11 @@ def test_a_rollout_in_training_yields_the_states_of_generate(reduced, clip, shor
 
 @torch.no_grad()
 def test_images_are_scanned_over_space_and_pooled_only_if_asked(pair, prompts):
-    model, _ = with_options(pair[1], pair[2], **REDUCED)
+    model, _ = with_reduction(pair[1], pair[2], **REDUCED)
     inputs = prompts("image")
     plain = pair[1](**inputs).logits
     torch.testing.assert_close(model(**inputs).logits, plain, atol=0, rtol=0)
-    pooled, own = with_options(pair[1], pair[2], **REDUCED, pool_images=True)
+    pooled, own = with_reduction(pair[1], pair[2], **REDUCED, pool_images=True)
     features = pooled.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output[0]
     _, height, width = inputs["image_grid_thw"][0].tolist()
     assert len(features) == math.ceil(height / 4) * math.ceil(width / 4)

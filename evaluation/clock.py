@@ -1,0 +1,77 @@
+"""Where an answer's time goes: seconds of the vision tower, of the projector and of the language model's passes."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+MODULES = ("vision tower", "projector", "prefill", "latent block", "decode")
+
+
+class ModuleClock:
+    """Adds up the seconds that a model's modules take. On an accelerator each module is waited for.
+
+    Args:
+        model: a STORMS or plain Qwen2.5-VL model.
+
+    Attributes:
+        seconds (`dict[str, float]`): of `MODULES`. A decoding step belongs to the latent block if any row of the batch
+            is inside of one.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.seconds = dict.fromkeys(MODULES, 0.0)
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last time."""
+        taken, self.seconds = self.seconds, dict.fromkeys(MODULES, 0.0)
+        return taken
+
+    @contextmanager
+    def running(self) -> Iterator[list[float]]:
+        """Times what runs within. Gives a list that fills with the seconds of the language model's passes, which
+        `add_passes` sorts."""
+        passes: list[float] = []
+        hooks = self._watch(self.model.model.visual, lambda seconds: self._add("vision tower", seconds))
+        if (projector := getattr(self.model.model, "temporal_projector", None)) is not None:
+            hooks += self._watch(projector, lambda seconds: self._add("projector", seconds))
+        hooks += self._watch(self.model.model.language_model, passes.append)
+        try:
+            yield passes
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def add_passes(self, passes: Sequence[float], new_ids: torch.Tensor | None = None) -> None:
+        """Sort passes of the language model into prefill, latent block and decode.
+
+        Args:
+            passes (`Sequence[float]`): seconds of each.
+            new_ids (`torch.Tensor` of shape `(batch, num_new)`, *optional*): what `generate` appended. Each but the
+                last was fed in a pass of its own; what came before that is prefill, without any everything.
+        """
+        num_prefill = len(passes) if new_ids is None else len(passes) - new_ids.shape[1] + 1
+        self._add("prefill", sum(passes[:num_prefill]))
+        if new_ids is None:
+            return
+        tokens = getattr(self.model, "latent_tokens", None)
+        inside = torch.tensor([] if tokens is None else [tokens.start, tokens.pad], device=new_ids.device)
+        for seconds, is_latent in zip(passes[num_prefill:], torch.isin(new_ids, inside).any(0).tolist()):
+            self._add("latent block" if is_latent else "decode", seconds)
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.seconds[name] += seconds
+
+    def _watch(self, module: torch.nn.Module, add: Callable[[float], None]) -> list[Any]:
+        begun: list[float] = []
+        before = module.register_forward_pre_hook(lambda *_: begun.append(self._now()))
+        return [before, module.register_forward_hook(lambda *_: add(self._now() - begun.pop()))]
+
+    def _now(self) -> float:
+        if self.model.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
