@@ -10,6 +10,7 @@ to start afresh. The settings are those of `recipes/configs/tiny/`.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -209,6 +210,14 @@ def shortfalls(results: dict[str, Any]) -> list[str]:
 def _mean(values: Any) -> float:
     values = [float(value) for value in values]
     return sum(values) / len(values)
+
+
+def wilson(right: int, num: int) -> list[float]:
+    """95% interval of a share."""
+    z = 1.96
+    center = (right + z**2 / 2) / (num + z**2)
+    spread = z / (num + z**2) * math.sqrt(right * (num - right) / num + z**2 / 4)
+    return [center - spread, center + spread]
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

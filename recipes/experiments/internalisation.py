@@ -12,7 +12,6 @@ may share one folder, each with other `--seeds` or `--arms`; each command writes
 """
 
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +39,7 @@ from recipes.answers import answer_rows
 from recipes.collator import StormsCollator
 from recipes.data import load_split
 from recipes.experiments import perception
-from recipes.experiments.gate import swap_latents
+from recipes.experiments.gate import swap_latents, wilson
 from recipes.init_checkpoint import build_tiny_base, convert, embed_markers_as_newline
 
 
@@ -256,14 +255,6 @@ def measure(checkpoint: Path, dataset: Path, stages: Sequence[Mapping[str, Any]]
 
 def _first(options: Mapping[str, Any], num: int) -> dict[str, Any]:
     return {name: value[:num] if name == "replace_states" else value for name, value in options.items()}
-
-
-def wilson(right: int, num: int) -> list[float]:
-    """95% interval of a share."""
-    z = 1.96
-    center = (right + z**2 / 2) / (num + z**2)
-    spread = z / (num + z**2) * math.sqrt(right * (num - right) / num + z**2 / 4)
-    return [center - spread, center + spread]
 
 
 def collect(root: Path) -> dict[str, Any]:
