@@ -15,7 +15,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from typing import Any
 
 import torch
@@ -121,7 +121,8 @@ class StormsModel(Qwen2_5_VLModel):
             return
         temporal_pool, spatial_pool, temporal_sampling, pool_images = token_reduction.tolist()
         theirs = TokenReducer(temporal_pool, spatial_pool, temporal_sampling, bool(pool_images))
-        if theirs != self.reducer:
+        # By value: a checkpoint's config and model load as copies of their modules, with classes of their own.
+        if astuple(theirs) != astuple(self.reducer):
             raise ValueError(
                 f"The model reduces tokens by {_numbers(self.reducer)}, but the processor by {_numbers(theirs)}. Save "
                 "both together; for one call, give `generate` and the processor the same."

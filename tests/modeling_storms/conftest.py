@@ -7,6 +7,64 @@ import torch
 from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from modeling_storms import LatentReasoningMixin
+from tests.conftest import PROJECTOR, REDUCED, prompts_of, with_reduction
+
+from .reference import LoopReference
+
+
+# Models that many tests run with: the plain one, with a projector, with reductions, with both. Where the last has
+# them, images are pooled too.
+VARIANTS = {
+    "plain": {},
+    "projector": {"projector": PROJECTOR},
+    "reduced": REDUCED,
+    "both": {"projector": PROJECTOR, "temporal_pool": 3, "spatial_pool": 4, "pool_images": True},
+}
+# Seeds of `eager_to` with which rows open their blocks at different steps.
+EPISODE_SEEDS = {"plain": 3, "projector": 3, "reduced": 3, "both": 78}
+MIXED = ("video", "short", "both", "image")  # videos of different lengths and sizes, with and without an image
+
+
+def variants(names, plain, others):
+    """Parametrises a test: with the cases `plain` on the plain model, with `others` on each of the other variants."""
+    cases = [("plain", *case) for case in plain]
+    cases += [(variant, *case) for variant in list(VARIANTS)[1:] for case in others]
+    return pytest.mark.parametrize(("variant", *names), cases, indirect=["variant"])
+
+
+@pytest.fixture
+def variant(request):
+    return getattr(request, "param", "plain")
+
+
+@pytest.fixture(scope="session")
+def built(pair, clip, short_clip):
+    """Reference, model and prompts of each variant."""
+    found = {}
+    for name, options in VARIANTS.items():
+        model, processor = with_reduction(pair[1], pair[2], **options)
+        if options:
+            model.config.vision_config.tokens_per_second = 50  # a video's time then outruns the text behind it
+        reference = LoopReference.of(pair[0], model) if options else pair[0]
+        # Of 12 frames in 6 grid steps several are left.
+        found[name] = reference, model, prompts_of(processor, clip, short_clip, 12 if options else 4)
+    return found
+
+
+@pytest.fixture
+def reference(built, variant):
+    return built[variant][0]
+
+
+@pytest.fixture
+def model(built, variant):
+    """A copy that a test may change."""
+    return copy.deepcopy(built[variant][1])
+
+
+@pytest.fixture
+def prompts(built, variant):
+    return built[variant][2]
 
 
 def latent_ids(model):

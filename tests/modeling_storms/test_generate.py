@@ -1,6 +1,7 @@
 """`generate` against the plain class and against a reference without cache, batch or library decoding."""
 
 import itertools
+from itertools import product
 from types import MappingProxyType
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from .conftest import eager_to, latent_ids, one_grid_step, same_weights
+from .conftest import EPISODE_SEEDS, MIXED, eager_to, latent_ids, one_grid_step, same_weights, variants
 from .reference import reference_generate, single_rows
 
 
@@ -44,7 +45,7 @@ def assert_equals_reference(model, reference, inputs, out, max_new_tokens, mode,
 
 
 class TestOffMode:
-    @pytest.mark.parametrize("kinds", [("text",), ("image",), ("video",), ("video", "text", "both")])
+    @variants(["kinds"], [[("text",)], [("image",)], [("video",)], [("video", "text", "both")]], [[MIXED]])
     @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}])
     def test_off_equals_the_plain_class(self, model, reference, prompts, kinds, sampling):
         eager_to(model, start=0.5, seed=1)  # a latent id would be chosen often
@@ -79,8 +80,11 @@ class TestOffMode:
 
 
 class TestAgainstReference:
-    @pytest.mark.parametrize("kinds", [("text",), ("image",), ("video",), ("video", "text", "both", "image")])
-    @pytest.mark.parametrize("size", [1, 8])
+    @variants(
+        ["kinds", "size"],
+        product([("text",), ("image",), ("video",), ("video", "text", "both", "image")], [1, 8]),
+        [[MIXED, 3]],
+    )
     def test_forced_block_equals_cache_free_reference(self, model, reference, prompts, kinds, size):
         inputs = prompts(*kinds)
         out = model.generate(
@@ -96,12 +100,11 @@ class TestAgainstReference:
         assert_equals_reference(model, reference, inputs, out, 40, "force", 32)
         assert out.latent_lengths.tolist() == [32]
 
-    @pytest.mark.parametrize("max_blocks", [1, 2, 3])
-    @pytest.mark.parametrize("stop", ["budget", "token"])
-    def test_rows_open_and_close_blocks_at_different_steps(self, model, reference, prompts, max_blocks, stop):
-        eager_to(model, start=0.4, end=0.4, seed=3)
+    @variants(["max_blocks", "stop"], product([1, 2, 3], ["budget", "token"]), [[2, "token"]])
+    def test_rows_open_and_close_blocks_at_different_steps(self, model, reference, prompts, max_blocks, stop, variant):
+        eager_to(model, start=0.4, end=0.4, seed=EPISODE_SEEDS[variant])
         reference = same_weights(reference, model)
-        inputs = prompts("video", "text", "both", "image", "text", "video", "text", "image")
+        inputs = prompts("video", "text", "both", "image", "text", "short", "text", "image")
         out = model.generate(
             **inputs,
             max_new_tokens=30,
@@ -175,8 +178,9 @@ class TestStopReasons:
 
 
 class TestCaches:
+    @variants([], [[]], [[]])
     def test_static_cache_gives_the_same(self, model, prompts):
-        inputs = prompts("video", "text", "both")
+        inputs = prompts("video", "text", "both", "short")
         kwargs = {"max_new_tokens": 14, "latent_mode": "force", "latent_size": 5, "return_dict_in_generate": True}
         dynamic = model.generate(**inputs, **kwargs)
         static = model.generate(**inputs, cache_implementation="static", **kwargs)
@@ -184,9 +188,9 @@ class TestCaches:
         for one, other in zip(static.latent_states, dynamic.latent_states):
             torch.testing.assert_close(one, other, atol=STATE_TOLERANCE, rtol=STATE_TOLERANCE)
 
-    @pytest.mark.parametrize("chunk", [7, 16])
+    @variants(["chunk"], [[7], [16]], [[7]])
     def test_chunked_prefill_gives_the_same(self, model, prompts, chunk):
-        inputs = prompts("video", "text", "both")
+        inputs = prompts("video", "text", "both", "short")
         kwargs = {"max_new_tokens": 14, "latent_mode": "force", "latent_size": 5, "return_dict_in_generate": True}
         whole = model.generate(**inputs, **kwargs)
         chunked = model.generate(**inputs, prefill_chunk_size=chunk, **kwargs)
@@ -208,6 +212,7 @@ class TestCaches:
         assert continued.tolist() == longer.sequences.tolist()
 
     @pytest.mark.slow
+    @variants([], [[]], [[]])
     def test_compiled_decoding_does_not_recompile_between_latent_and_text_steps(self, model, prompts):
         inputs = prompts("video", "text")
         kwargs = {"max_new_tokens": 14, "latent_mode": "force", "latent_size": 5, "return_dict_in_generate": True}

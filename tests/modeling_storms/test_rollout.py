@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from itertools import product
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from modeling_storms.latent_storms import RolloutLayout, StormsOutput
 
-from .conftest import eager_to, latent_ids, one_grid_step, same_weights
+from .conftest import EPISODE_SEEDS, eager_to, latent_ids, one_grid_step, same_weights, variants
 from .reference import recompute, single_rows
 from .test_generate import STATE_TOLERANCE
 
@@ -65,13 +66,13 @@ def single_batches(model, batch):
         yield row
 
 
-KINDS = ("video", "text", "both", "image", "text", "video", "text", "image")
+KINDS = ("video", "text", "both", "image", "text", "short", "text", "image")
 
 
 @pytest.fixture
-def episode(model, prompts):
+def episode(model, prompts, variant):
     """Rows that open at different steps, some never, some twice, one cut off inside its block; and the model."""
-    eager_to(model, start=0.4, end=0.4, seed=3)
+    eager_to(model, start=0.4, end=0.4, seed=EPISODE_SEEDS[variant])
     inputs = prompts(*KINDS)
     out = model.generate(
         **inputs,
@@ -88,8 +89,8 @@ def episode(model, prompts):
 
 @pytest.fixture
 def trained_kind(model, prompts):
-    """The usual training batch: one forced block of equal size in every row."""
-    inputs = prompts("video", "text", "both")
+    """The usual training batch: one forced block of equal size in every row, videos of different lengths."""
+    inputs = prompts("short", "text", "both")
     out = model.generate(**inputs, max_new_tokens=12, latent_mode="force", latent_size=4, return_dict_in_generate=True)
     return model, inputs, out
 
@@ -107,9 +108,11 @@ def assert_states(output, expected):
         assert not states[~mask].any()
 
 
+SIDES_AND_CHECKPOINTING = list(product(["left", "right"], [False, True]))
+
+
 class TestParity:
-    @pytest.mark.parametrize("side", ["left", "right"])
-    @pytest.mark.parametrize("checkpointing", [False, True])
+    @variants(["side", "checkpointing"], SIDES_AND_CHECKPOINTING, [["left", True]])
     def test_rollout_yields_the_states_generate_yields(self, episode, side, checkpointing):
         model, inputs, out = episode
         batch = training_batch(model, inputs, out, side)
@@ -157,8 +160,7 @@ class TestParity:
                 alone.logits[0], together.logits[index][kept], atol=LOGIT_TOLERANCE, rtol=LOGIT_TOLERANCE
             )
 
-    @pytest.mark.parametrize("side", ["left", "right"])
-    @pytest.mark.parametrize("checkpointing", [False, True])
+    @pytest.mark.parametrize(("side", "checkpointing"), SIDES_AND_CHECKPOINTING)
     def test_parallel_equals_sequential(self, episode, side, checkpointing):
         model, inputs, out = episode
         batch = training_batch(model, inputs, out, side)
@@ -172,19 +174,35 @@ class TestParity:
         assert_states(forced, out.latent_states)
         torch.testing.assert_close(forced.lm_loss, rollout.lm_loss)
 
-    def test_teacher_forced_equals_the_plain_class_fed_the_same_vectors(self, trained_kind, reference):
+    @variants(["checkpointing"], [[False], [True]], [[True]])
+    def test_teacher_forced_equals_the_plain_class_fed_the_same_vectors(self, trained_kind, reference, checkpointing):
         model, inputs, out = trained_kind
+        reference = same_weights(reference, model)
         batch = training_batch(model, inputs, out)
+        is_slot = batch["input_ids"] == model.latent_tokens.pad
         targets = torch.randn(3, 4, 64)
+        checkpointed(model, checkpointing)
         forced = model(**batch, latent_input="teacher_forced", latent_targets=targets)
+        forced.loss.backward()
+        expected_loss = 0.0
         for index, row in enumerate(single_batches(model, batch)):
             embeds = reference.get_input_embeddings()(row["input_ids"]).clone()
-            embeds[0, row["input_ids"][0] == model.latent_tokens.pad] = targets[index]
-            expected = reference.lm_head(recompute(reference, row, embeds))
+            own_slots = row["input_ids"][0] == model.latent_tokens.pad
+            embeds[0, own_slots] = targets[index]
+            states = recompute(reference, row, embeds)
+            expected = reference.lm_head(states)
             kept = batch["attention_mask"][index].bool()
             torch.testing.assert_close(
                 forced.logits[index][kept], expected, atol=LOGIT_TOLERANCE, rtol=LOGIT_TOLERANCE
             )
+            labels = row["labels"][0].masked_fill(own_slots, -100)
+            count = int(((batch["labels"] != -100) & ~is_slot).sum())
+            loss = torch.nn.functional.cross_entropy(expected[:-1], labels[1:], ignore_index=-100, reduction="sum")
+            error = (states[:-1][own_slots[1:]] - targets[index]).square().mean(-1)
+            expected_loss = expected_loss + loss / count + 0.1 * error.sum() / int(is_slot.sum())
+        torch.testing.assert_close(forced.loss, expected_loss)
+        expected_loss.backward()
+        assert_gradients(model, reference)
 
     def test_teacher_forcing_needs_no_embedding_of_its_own_for_placeholders(self, trained_kind):
         """Placeholder rows are always overwritten, so they may be equal, or noised as in NEFTune."""
@@ -228,7 +246,7 @@ class TestParity:
         kept = batch["attention_mask"].bool()
         assert torch.equal(positions[0][:, kept], positions[1][:, kept])
 
-    @pytest.mark.parametrize("latent_input", ["rollout", "teacher_forced"])
+    @variants(["latent_input"], [["rollout"], ["teacher_forced"]], [["rollout"]])
     def test_a_batch_without_blocks_is_a_plain_one(self, model, reference, prompts, latent_input):
         inputs = prompts("video", "text")
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
@@ -271,20 +289,47 @@ class TestParity:
         assert sum(widths) == batch["input_ids"].shape[1]  # forced blocks line up: no column is wasted
 
 
-def plain_rollout_loss(reference, row, pad_id, denominator):
+def plain_rollout_loss(reference, row, tokens, denominator, bottleneck=False):
     """Answer loss of a row whose slots are filled one full recomputation at a time, with gradient."""
     embeds = reference.get_input_embeddings()(row["input_ids"])
-    is_slot = (row["input_ids"][0] == pad_id).tolist()
+    is_slot = (row["input_ids"][0] == tokens.pad).tolist()
     vectors = [embeds[:, position] for position in range(len(is_slot))]
+    mask = sight(row, tokens) if bottleneck else None
+
+    def states(length):
+        seen = None if mask is None else mask[None, None, :length, :length]
+        return recompute(reference, cut(row, length), torch.stack(vectors[:length], dim=1), seen)
+
     for position, slot in enumerate(is_slot):
         if slot:
-            prefix = torch.stack(vectors[:position], dim=1)
-            vectors[position] = recompute(reference, cut(row, position), prefix)[-1:]
-    logits = reference.lm_head(recompute(reference, row, torch.stack(vectors, dim=1))).float()
+            vectors[position] = states(position)[-1:]
+    logits = reference.lm_head(states(len(vectors))).float()
     labels = row["labels"][0].clone()
-    labels[row["input_ids"][0] == pad_id] = -100
+    labels[row["input_ids"][0] == tokens.pad] = -100
     loss = torch.nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
     return loss / denominator
+
+
+def sight(row, tokens):
+    """Who sees whom under the bottleneck, `(length, length)`: only visual tokens, the block's start and its slots see
+    visual tokens and the start."""
+    ids, is_visual = row["input_ids"][0].tolist(), (row["mm_token_type_ids"][0] > 0).tolist()
+    mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    for query in range(len(ids)):
+        for key in range(query + 1):
+            sees_all = is_visual[query] or ids[query] in (tokens.start, tokens.pad)
+            mask[query, key] = sees_all or not (is_visual[key] or ids[key] == tokens.start)
+    return mask
+
+
+def assert_gradients(model, reference):
+    """Of all weights."""
+    worst = 0.0
+    for (name, one), (_, other) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        if one.grad is not None:
+            worst = max(worst, float((one.grad - other.grad).norm() / other.grad.norm().clamp(min=1e-6)))
+    assert worst < 1e-5  # seen: 9e-7
 
 
 def cut(row, length):
@@ -292,28 +337,27 @@ def cut(row, length):
 
 
 class TestGradients:
-    @pytest.mark.parametrize("side", ["left", "right"])
-    @pytest.mark.parametrize("checkpointing", [False, True])
-    def test_rollout_gradients_equal_a_cache_free_rollout(self, trained_kind, reference, side, checkpointing):
+    @variants(
+        ["side", "checkpointing", "bottleneck"],
+        [*((*case, False) for case in SIDES_AND_CHECKPOINTING), ("left", True, True)],
+        [["left", True, False], ["right", False, True]],
+    )
+    def test_rollout_gradients_equal_a_cache_free_rollout(
+        self, trained_kind, reference, side, checkpointing, bottleneck
+    ):
         model, inputs, out = trained_kind
         reference = same_weights(reference, model)
         batch = training_batch(model, inputs, out, side)
         checkpointed(model, checkpointing)
-        loss = model(**batch, latent_input="rollout").lm_loss
+        loss = model(**batch, latent_input="rollout", latent_bottleneck=bottleneck).lm_loss
         loss.backward()
-        pad = model.latent_tokens.pad
-        counted = (batch["labels"] != -100) & (batch["labels"] != pad)
-        expected = sum(
-            plain_rollout_loss(reference, row, pad, int(counted.sum())) for row in single_batches(model, batch)
-        )
+        tokens = model.latent_tokens
+        counted = int(((batch["labels"] != -100) & (batch["labels"] != tokens.pad)).sum())
+        rows = single_batches(model, batch)
+        expected = sum(plain_rollout_loss(reference, row, tokens, counted, bottleneck) for row in rows)
         expected.backward()
         torch.testing.assert_close(loss, expected)
-        worst = 0.0
-        for (name, one), (_, other) in zip(model.named_parameters(), reference.named_parameters()):
-            assert (one.grad is None) == (other.grad is None), name
-            if one.grad is not None:
-                worst = max(worst, float((one.grad - other.grad).norm() / other.grad.norm().clamp(min=1e-6)))
-        assert worst < 1e-5  # seen: 9e-7
+        assert_gradients(model, reference)
 
     def test_checkpointing_changes_no_gradient_with_ragged_blocks(self, episode):
         model, inputs, out = episode
@@ -392,8 +436,11 @@ class TestBottleneck:
         gradients = torch.autograd.grad(logits[after].square().sum(), [batch[name] for name in pixels])
         return max(float(gradient.abs().max()) for gradient in gradients)
 
-    @pytest.mark.parametrize("latent_input", ["rollout", "teacher_forced"])
-    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+    @variants(
+        ["latent_input", "attention"],
+        product(["rollout", "teacher_forced"], ["sdpa", "eager"]),
+        [["rollout", "sdpa"]],
+    )
     def test_only_the_slots_carry_the_video(self, trained_kind, latent_input, attention):
         model, inputs, out = trained_kind
         model.set_attn_implementation(attention)
@@ -421,10 +468,10 @@ class TestBottleneck:
         # A row without images or videos only loses sight of <|latent_start|>.
         assert (open_rows[1] - closed_rows[1])[kept[1]].abs().max() > 1e-3
 
-    @pytest.mark.parametrize("cache", [None, "static"])
+    @variants(["cache"], [[None], ["static"]], [["static"]])
     def test_training_and_generate_agree(self, model, prompts, cache):
         eager_to(model, start=0.4, end=0.4, seed=3)
-        inputs = prompts("video", "text", "both", "image")
+        inputs = prompts("video", "text", "both", "short")
         out = model.generate(
             **inputs,
             max_new_tokens=14,

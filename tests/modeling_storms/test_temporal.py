@@ -14,8 +14,8 @@ from modeling_storms.modeling_storms import _plan_passes
 from modeling_storms.temporal_storms import TemporalProjector, TokenReducer
 from tests.conftest import PROJECTOR, REDUCED, ask, with_reduction
 
-from .conftest import eager_to, latent_ids
-from .reference import reference_generate
+from .conftest import MIXED, variants
+from .reference import reduce_by_loops
 
 
 def scan(mixer, tokens):
@@ -67,19 +67,6 @@ def test_the_projector_is_the_recurrence_in_both_directions(length, training):
         changed = tokens.clone()
         changed[-1] = -changed[-1]
         assert (projector([changed])[0][0] - found[0]).abs().max() > 1e-7, "the first token hears of the last"
-
-
-def reduce_by_loops(tokens, grid, k, p, s):
-    steps, height, width = grid
-    side = math.isqrt(p)
-    features = tokens.view(steps, height, width, -1)
-    pooled = [features[begin : begin + k].mean(0) for begin in range(0, steps, k)][::s]
-    rows = []
-    for step in pooled:
-        for top in range(0, height, side):
-            for left in range(0, width, side):
-                rows.append(step[top : top + side, left : left + side].flatten(0, 1).mean(0))
-    return torch.stack(rows)
 
 
 @settings(deadline=None, max_examples=150)
@@ -258,71 +245,24 @@ def test_a_pooled_token_sits_at_its_groups_mean_time(pair, clip):
     assert torch.equal(shifted[..., 3:], ours)
 
 
-def prompts_of(processor, videos, texts):
-    """A batch, and its rows alone."""
-    conversations = [
-        [{"role": "user", "content": [{"type": "video", "video": str(video)}, {"type": "text", "text": text}]}]
-        for video, text in zip(videos, texts)
-    ]
-
-    def build(part, num_frames=12):
-        return processor.apply_chat_template(
-            part,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"num_frames": num_frames, "padding": True},
-        )
-
-    return build(conversations), [build([one]) for one in conversations]
-
-
-@pytest.fixture(scope="module")
-def reduced(pair):
-    model, processor = with_reduction(pair[1], pair[2], PROJECTOR, **REDUCED)
-    return eager_to(model, start=0.6, end=0.6), processor
-
-
-@pytest.mark.parametrize("mode", ["auto", "force", "off"])
-@pytest.mark.parametrize("cache", [None, "static"])
-def test_latent_generation_with_reductions_equals_one_row_without_a_cache(reduced, clip, short_clip, mode, cache):
-    model, processor = reduced
-    batch, rows = prompts_of(processor, (clip, short_clip, clip), ("Why?", "What falls first, and when?", "Where?"))
-    options = {"latent_mode": mode, "latent_size": 3, "max_new_tokens": 10, "min_new_tokens": 10}
-    out = model.generate(**batch, **options, cache_implementation=cache, return_dict_in_generate=True, do_sample=False)
-    found = set()
-    for index, row in enumerate(rows):
-        eos = torch.as_tensor(model.generation_config.eos_token_id).reshape(-1).tolist()
-        expected = reference_generate(model, row, latent_ids(model), 10, mode, 3, eos=eos)
-        new = out.sequences[index, batch["input_ids"].shape[1] :].tolist()
-        assert new[: len(expected.new_ids)] == expected.new_ids
-        if expected.states:
-            torch.testing.assert_close(out.latent_states[index], torch.stack(expected.states), atol=1e-4, rtol=1e-4)
-        found.add(tuple(expected.new_ids))
-    assert len(found) > 1
-
-
-def test_a_rollout_in_training_yields_the_states_of_generate(reduced, clip, short_clip):
-    model, processor = reduced
-    batch, _ = prompts_of(processor, (clip, short_clip), ("Why?", "What falls first, and when?"))
-    out = model.generate(
-        **batch, latent_mode="force", latent_size=3, max_new_tokens=8, return_dict_in_generate=True, do_sample=False
-    )
-    new = out.sequences.shape[1] - batch["input_ids"].shape[1]
-    whole = dict(batch) | {"input_ids": out.sequences}
-    whole["attention_mask"] = torch.nn.functional.pad(batch["attention_mask"], (0, new), value=1)
-    whole["mm_token_type_ids"] = torch.nn.functional.pad(batch["mm_token_type_ids"], (0, new))
-    projector = model.model.temporal_projector
-    for parameter in projector.parameters():
-        parameter.requires_grad_(True)
-    output = model(**whole, latent_input="rollout", labels=out.sequences)
-    for index, states in enumerate(out.latent_states):
-        torch.testing.assert_close(output.latent_states[index], states, atol=1e-4, rtol=1e-4)
-    output.loss.backward()
-    gradients = [parameter.grad for parameter in projector.parameters()]
-    assert all(one is not None and one.abs().max() > 0 for one in gradients)
-    model.zero_grad()
+@torch.no_grad()
+@variants([], [], [[]])
+def test_a_mixed_batch_has_the_tokens_and_positions_of_plain_loops(model, reference, prompts):
+    inputs = prompts(*MIXED, "text")
+    media = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
+    for is_flipped in (False, True):  # padded left, and right
+        names = ("input_ids", "mm_token_type_ids", "attention_mask")
+        ids, kinds, mask = (inputs[name].flip(1) if is_flipped else inputs[name] for name in names)
+        found, deltas = model.model.get_rope_index(ids, kinds, **media, attention_mask=mask)
+        expected, expected_deltas = reference.model.get_rope_index(ids, kinds, **media, attention_mask=mask)
+        assert torch.equal(found[:, mask.bool()], expected[:, mask.bool()])
+        assert torch.equal(deltas, expected_deltas)
+    assert (deltas > 0).any(), "the test needs a video whose time goes beyond the text behind it"
+    for name in ("get_video_features", "get_image_features"):
+        pixels, grids = ("pixel_values_videos", "video") if "video" in name else ("pixel_values", "image")
+        given = inputs[pixels], inputs[f"{grids}_grid_thw"]
+        for one, other in zip(*(getattr(part.model, name)(*given).pooler_output for part in (model, reference))):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()
