@@ -69,6 +69,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--text_tokens", type=int, nargs="+", default=[128, 512], help="answer: lengths of text reasoning (128 512)"
     )
+    parser.add_argument(
+        "--static_cache", action="store_true", help="answer: a static cache, with which a GPU's steps are compiled"
+    )
     parser.add_argument("--frames", type=int, nargs="+", default=[32, 128], help="long_video: of the video (32 128)")
     parser.add_argument("--compile", action="store_true", help="decode_step: compile on a CPU, too (minutes)")
     parser.add_argument(

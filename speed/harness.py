@@ -79,6 +79,7 @@ class Bench:
     new_tokens: int = 64
     text_tokens: Sequence[int] = (128, 512)
     videos: Sequence[Path] = ()
+    static_cache: bool = False
     compile: bool = False
 
     @property

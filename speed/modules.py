@@ -62,7 +62,8 @@ def _prefill(bench: Bench, name: str, model: Any, batch_size: int) -> list[Resul
         for part, seconds in found.items():
             clocks[part].append(sum(seconds))
 
-    run()
+    if not bench.try_out({f"{name}, batch {batch_size}": run}):
+        return []
     for clock in clocks.values():
         clock.clear()
     seconds = bench.measure({"whole": run}, f"prefill of {name}, batch {batch_size}")["whole"]

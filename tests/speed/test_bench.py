@@ -12,7 +12,7 @@ from speed.__main__ import WORKLOADS, main
 ROOT = Path(__file__).parents[2]
 TINIEST = {
     "off_mode": ["--num_layers", "2", "--new_tokens", "4"],
-    "answer": ["--batch_sizes", "1", "2", "--text_tokens", "4"],
+    "answer": ["--batch_sizes", "1", "2", "--text_tokens", "4", "--static_cache"],
     "latent_size": ["--model", "tiny"],
     "prefill": ["--model", "tiny", "--batch_sizes", "2"],
     "decode_step": ["--model", "tiny", "--batch_sizes", "2"],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from modeling_storms import StormsForConditionalGeneration
@@ -107,9 +107,11 @@ def test_sizes_are_those_of_the_releases(name, num_weights):
     assert video_inputs("7b", 2)["video_grid_thw"].tolist() == [[1, 32, 32]]
 
 
-def test_a_tool_loop_answers_as_one_pass_over_all_it_has_seen(model):
+@pytest.mark.parametrize("is_static", [False, True])
+def test_a_tool_loop_answers_as_one_pass_over_all_it_has_seen(model, is_static):
     inputs, clip = video_inputs("tiny", 8, 2), video_inputs("tiny", 4, 2, seed=1)
-    ids, logits = tool_loop(model, inputs, clip, num_tokens=3)
+    cache = StaticCache(config=model.config, max_cache_len=400) if is_static else DynamicCache(config=model.config)
+    ids, logits = tool_loop(model, inputs, clip, cache, num_tokens=3)
     prompt = ids[:, :-8]  # all but the answer
     is_video = prompt == model.config.video_token_id
     # Rows' videos in order, the question's and then the tool's.
