@@ -101,7 +101,7 @@ def write_base_task(output: Path, num_scenes: int) -> None:
     rows: dict[str, list[dict[str, Any]]] = {"see": [], "step": []}
     for index in track(range(num_scenes), "clips to see on"):
         rng = np.random.default_rng([1, index])
-        dials = {"color_swap": {"num_swaps": 1 + index % MAX_SIGNALS, "frames_per_swap": 4}}
+        dials = {"color_swap": {"num_swaps": MAX_SIGNALS - index % 6, "frames_per_swap": 4}}
         (source,) = list_rows(["color_swap"], 1, 1000 + index, {"train": 1.0}, dials)
         scene: Any = scene_of(source["scene"])
         for kind, question in _questions(scene, rng):
@@ -120,8 +120,7 @@ def _questions(scene: ColorSwapScene, rng: np.random.Generator) -> Iterator[tupl
     names = scene.options
     yield "see", {"video": clip, "question": START, "answer": names[scene.start]}
     yield "see", {"video": thought, "question": END, "answer": names[scene.answer_idx]}
-    for kind in ("see", "step", "step"):
-        signal = int(rng.integers(len(scene.swaps)))
+    for kind, signal in zip(("see", "see", "step", "step"), rng.integers(len(scene.swaps), size=4).tolist()):
         low, high = scene.swaps[signal]
         if kind == "see":
             (missing,) = set(range(len(names))) - {low, high}

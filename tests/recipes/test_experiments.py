@@ -102,7 +102,7 @@ def test_questions_to_see_on_have_right_answers(tmp_path):
     asked = set()
     for row in rows["step"]:
         index = int(row["id"].split("-")[0])
-        dials = {"color_swap": {"num_swaps": 1 + index % 8, "frames_per_swap": 4}}
+        dials = {"color_swap": {"num_swaps": 8 - index % 6, "frames_per_swap": 4}}
         (source,) = list_rows(["color_swap"], 1, 1000 + index, {"train": 1.0}, dials)
         scene = scene_of(source["scene"])
         kind = row["question"].split()[0]
