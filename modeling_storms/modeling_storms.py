@@ -20,13 +20,19 @@ from typing import Any
 
 import torch
 from torch.nn.functional import adaptive_avg_pool1d
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2_5_VLPreTrainedModel
+from transformers import (
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLModel,
+    Qwen2_5_VLPreTrainedModel,
+    Qwen2_5_VLTextModel,
+)
 from transformers import initialization as init
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from .configuration_storms import StormsConfig
 from .latent_storms import LatentReasoningMixin, StormsGenerateOutput, StormsOutput
 from .temporal_storms import REDUCTIONS, TemporalProjector, TokenReducer
+from .vision_storms import StormsVisionTower
 
 
 def _init_projector(module: torch.nn.Module) -> None:
@@ -49,14 +55,17 @@ class StormsModel(Qwen2_5_VLModel):
     config: StormsConfig
 
     def __init__(self, config: StormsConfig):
-        super().__init__(config)
+        Qwen2_5_VLPreTrainedModel.__init__(self, config)
+        self.visual = StormsVisionTower._from_config(config.vision_config)
+        self.language_model = Qwen2_5_VLTextModel._from_config(config.text_config)
+        self.rope_deltas = None
         self.reducer: TokenReducer = config.token_reducer()
         self.temporal_projector = None
         # CODEPATH: checkpoints for long video have a projector; one made of a base model as it is has none.
         if config.temporal_projector is not None:
             hidden_size = config.get_text_config().hidden_size
             self.temporal_projector = TemporalProjector(hidden_size, config.temporal_projector)
-            self.post_init()
+        self.post_init()
 
     def _init_weights(self, module):
         super()._init_weights(module)
