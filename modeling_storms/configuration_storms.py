@@ -61,6 +61,7 @@ class StormsConfig(Qwen2_5_VLConfig):
             Token reduction of videos, see `TokenReducer`. The processor's must be the same.
         vision_chunk_size (`int`, *optional*, defaults to 65536):
             Patches that run through the vision tower at once; a long video takes several passes, with the same result.
+            It bounds memory, see `StormsModel.get_video_features`.
 
     Raises:
         ValueError: if `latent_size` or `vision_chunk_size` is below 1, if only some of the token ids are given or two

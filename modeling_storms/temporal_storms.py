@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import avg_pool2d
-from transformers import Mamba2Config
+from transformers import DynamicCache, Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 
@@ -120,14 +120,29 @@ class TemporalProjectorLayer(nn.Module):
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
+        self.config = config
         self.norm = nn.LayerNorm(config.hidden_size)
         self.forward_mixer = Mamba2Mixer(config, layer_idx=0)
         self.backward_mixer = Mamba2Mixer(config, layer_idx=0)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = self.norm(hidden_states)
-        backward = self.backward_mixer(normed.flip(1)).flip(1)
-        return hidden_states + self.forward_mixer(normed) + backward
+    def forward(self, hidden_states: torch.Tensor, segment_size: int) -> torch.Tensor:
+        length = hidden_states.shape[1]
+        if torch.is_grad_enabled() or length <= segment_size:
+            normed = self.norm(hidden_states)
+            backward = self.backward_mixer(normed.flip(1)).flip(1)
+            return hidden_states + self.forward_mixer(normed) + backward
+        # Without gradients, nothing of a segment is needed any more but the state that it ends in.
+        outputs = hidden_states.clone()
+        for mixer in (self.forward_mixer, self.backward_mixer):
+            cache = DynamicCache(config=self.config)
+            for begin in range(0, length, segment_size):
+                end = min(begin + segment_size, length)
+                if mixer is self.forward_mixer:
+                    outputs[:, begin:end] += mixer(self.norm(hidden_states[:, begin:end]), cache_params=cache)
+                else:
+                    span = slice(length - end, length - begin)
+                    outputs[:, span] += mixer(self.norm(hidden_states[:, span]).flip(1), cache_params=cache).flip(1)
+        return outputs
 
 
 class TemporalProjector(nn.Module):
@@ -158,21 +173,37 @@ class TemporalProjector(nn.Module):
                 f"{num_layers}, but needs at least one layer, and expand * {hidden_size} to be a multiple of head_dim."
             )
         config = Mamba2Config(hidden_size=hidden_size, num_heads=num_heads, n_groups=1, num_hidden_layers=1, **chosen)
+        self.chunk_size = config.chunk_size
         self.layers = nn.ModuleList([TemporalProjectorLayer(config) for _ in range(num_layers)])
 
-    def forward(self, media: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Tokens `(num_tokens, hidden_size)` of each video or image, all its steps in order -> the same shapes.
+    def forward(self, media: Sequence[torch.Tensor], segment_size: int | None = None) -> list[torch.Tensor]:
+        """Let the tokens of each video or image exchange what they know.
 
         Those of one length run together; others can't, as padding would stand before what is scanned backwards.
+
+        Args:
+            media (`Sequence[torch.Tensor]`): each `(num_tokens, hidden_size)`, all its steps in order.
+            segment_size (`int`, *optional*): most tokens to scan at once, of all that run together, in multiples of
+                `chunk_size` and at least one; the result is the same. With gradients, which need all of them, it is
+                ignored.
+
+        Returns:
+            `list` of `torch.Tensor` of the same shapes.
         """
+        if segment_size is None:
+            segment_size = sum(len(tokens) for tokens in media)
+        num_chunks = max(segment_size // self.chunk_size, 1)
         scanned = list(media)
         for length in {len(tokens) for tokens in media}:
-            chosen = [index for index, tokens in enumerate(media) if len(tokens) == length]
-            hidden_states = torch.stack([media[index] for index in chosen])
-            for layer in self.layers:
-                hidden_states = layer(hidden_states)
-            for index, tokens in zip(chosen, hidden_states):
-                scanned[index] = tokens
+            alike = [index for index, tokens in enumerate(media) if len(tokens) == length]
+            num_together = len(alike) if torch.is_grad_enabled() else num_chunks
+            for first in range(0, len(alike), num_together):
+                chosen = alike[first : first + num_together]
+                hidden_states = torch.stack([media[index] for index in chosen])
+                for layer in self.layers:
+                    hidden_states = layer(hidden_states, num_chunks // len(chosen) * self.chunk_size)
+                for index, tokens in zip(chosen, hidden_states):
+                    scanned[index] = tokens
         return scanned
 
 

@@ -55,7 +55,7 @@ class LoopModel(Qwen2_5_VLModel):
         outputs = encode(pixels, grids, return_dict=True)
         merge, left = self.config.vision_config.spatial_merge_size, []
         for tokens, (steps, height, width) in zip(outputs.pooler_output, grids.tolist()):
-            tokens = tokens if self.temporal_projector is None else self.temporal_projector(tokens)
+            tokens = tokens if self.temporal_projector is None else self.temporal_projector([tokens])[0]
             grid = steps, height // merge, width // merge
             left.append(reduce_by_loops(tokens, grid, *numbers_of(self.reducing, is_video)))
         outputs.pooler_output = tuple(left)

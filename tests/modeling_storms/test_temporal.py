@@ -1,5 +1,7 @@
 """Long video: the projector equals its recurrence, the reducer plain loops; what works without works with them."""
 
+import copy
+import json
 import math
 
 import numpy as np
@@ -8,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import layer_norm, silu, softplus
+from torch.profiler import ProfilerActivity, profile
 
 from modeling_storms import StormsForConditionalGeneration, StormsProcessor
-from modeling_storms.modeling_storms import _plan_passes
+from modeling_storms.modeling_storms import StormsModel, _plan_passes
 from modeling_storms.temporal_storms import TemporalProjector, TokenReducer
 from tests.conftest import PROJECTOR, REDUCED, ask, with_reduction
 
@@ -42,6 +45,31 @@ def scan(mixer, tokens):
         y = y * torch.rsqrt(y.pow(2).mean() + mixer.norm.variance_epsilon) * mixer.norm.weight
         outputs.append(mixer.out_proj.weight @ y)
     return torch.stack(outputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [7, 8, 17, 40])
+def test_scanning_in_segments_changes_nothing(length):
+    torch.manual_seed(0)
+    projector = TemporalProjector(32, {**PROJECTOR, "chunk_size": 4})
+    for parameter in projector.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    tokens, widths = torch.randn(length, 32), []
+    expected = projector([tokens])[0]
+    projector.layers[0].forward_mixer.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+    for segment_size in (1, 8, 11):
+        widths.clear()
+        torch.testing.assert_close(projector([tokens], segment_size)[0], expected, atol=1e-6, rtol=1e-5)
+        assert sum(widths) == length
+        assert max(widths) <= max(segment_size, 4)
+        widths.clear()
+        other = torch.randn(length, 32)  # shares the room
+        torch.testing.assert_close(projector([tokens, other], segment_size)[0], expected, atol=1e-6, rtol=1e-5)
+        assert max(widths) <= max(segment_size // 2, 4)
+    with torch.enable_grad():  # which a cache between segments would cut
+        widths.clear()
+        torch.testing.assert_close(projector([tokens], 1)[0], expected, atol=1e-6, rtol=1e-5)
+        assert widths == [length]
 
 
 @torch.no_grad()
@@ -147,6 +175,60 @@ def test_the_vision_tower_in_passes_gives_the_same_features(model, prompts):
         assert max(counted) <= max(chunk_size, int(inputs["video_grid_thw"][:, 1:].prod(-1).max()))
         for one, other in zip(whole, parts):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def run_counting_bytes(call, folder):
+    """What a call returns, and the most bytes of tensors it held at once, those inside of operations included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        result = call()
+    run.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    found = [event for event in events if event["name"] == "[memory]"]
+    first = min(found, key=lambda event: event["ts"])["args"]
+    before = first["Total Allocated"] - first["Bytes"]
+    return result, max(event["args"]["Total Allocated"] for event in found) - before
+
+
+WIDE = {"hidden_size": 128, "intermediate_size": 344, "num_heads": 8}
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 2}
+FLAT = {"hidden_size": 64, "intermediate_size": 1024, "num_heads": 4}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("tower", "dtype", "projector"),
+    [
+        (WIDE, torch.float32, None),
+        (WIDE, torch.bfloat16, None),
+        (FLAT, torch.float32, None),
+        (SMALL, torch.float32, {**PROJECTOR, "chunk_size": 128}),  # here it is the projector that takes most
+    ],
+)
+def test_features_of_256_frames_take_no_more_memory_than_stated(model, tmp_path, tower, dtype, projector):
+    config = copy.deepcopy(model.config)
+    for name, value in tower.items():
+        setattr(config.vision_config, name, value)
+    config.temporal_projector, config.temporal_pool = projector, 4
+    inner = StormsModel(config).to(dtype).eval()
+    grids = torch.tensor([[128, 4, 4]])  # two frames a step
+    pixels = torch.randn(int(grids.prod()), 1176)
+    # The formula of `get_video_features`.
+    v, m, b, c = tower["hidden_size"], tower["intermediate_size"], dtype.itemsize, 0
+    patches, num_tokens, hidden_size = 8 * 4 * 4, len(pixels) // 4, 64
+    bound = patches * (max((5 * b + 28) * v, (3 * v + 4 * m) * b) + 2 * b * 1176)
+    if projector is not None:
+        c, a, n = (projector[name] for name in ("chunk_size", "head_dim", "state_size"))
+        h = hidden_size // a
+        bound = max(bound, max(patches // 16, c) * (16 * c * h + 40 * h * (a + n)))
+    bound += 3 * num_tokens * hidden_size * b
+
+    def run(chunk_size):
+        inner.config.vision_chunk_size = chunk_size
+        return run_counting_bytes(lambda: inner.get_video_features(pixels, grids).pooler_output[0], tmp_path)
+
+    (features, taken), (expected, whole) = run(patches), run(10**9)
+    assert bound / 4 < taken <= bound < whole
+    torch.testing.assert_close(features, expected)
 
 
 # -- in the model
