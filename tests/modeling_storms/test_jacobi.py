@@ -48,7 +48,7 @@ class Passes:
 
 
 class TestAgainstReference:
-    @pytest.mark.parametrize("iterations", [1, 2, 3])
+    @pytest.mark.parametrize("iterations", [1, 3])
     @pytest.mark.parametrize("kinds", [("video",), ("video", "text", "both", "image")])
     def test_each_iteration_equals_plain_loops(self, model, reference, prompts, kinds, iterations):
         inputs = prompts(*kinds)
@@ -118,15 +118,14 @@ class TestAgainstSequential:
         inputs, options = prompts("video", "text", "both"), FORCED | {"max_new_tokens": SIZE + 6} | options
         torch.manual_seed(0)
         expected = model.generate(**inputs, **options)
-        for iterations in (SIZE, SIZE + 3):
-            torch.manual_seed(0)
-            assert_same(model.generate(**inputs, **options, **jacobi(iterations)), expected)
+        torch.manual_seed(0)
+        assert_same(model.generate(**inputs, **options, **jacobi(SIZE)), expected)
 
     @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"latent_bottleneck": True}])
     def test_after_i_iterations_the_first_i_slots_are_exact(self, model, prompts, options):
         inputs, options = prompts("video", "both"), FORCED | {"max_new_tokens": SIZE + 2} | options
         expected = model.generate(**inputs, **options)
-        for iterations in range(1, SIZE):
+        for iterations in (1, 2, 4):
             found = distances(model.generate(**inputs, **options, **jacobi(iterations)), expected)
             assert found[:iterations].max() < STATE_TOLERANCE
             assert found[iterations:].min() > 1000 * STATE_TOLERANCE
@@ -172,7 +171,7 @@ class TestAgainstSequential:
 
 
 class TestCost:
-    @pytest.mark.parametrize("iterations", [1, 3, SIZE, SIZE + 2])
+    @pytest.mark.parametrize("iterations", [1, 3, SIZE + 2])
     @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}])
     def test_a_block_takes_as_many_passes_as_iterations(self, model, prompts, iterations, options):
         inputs = prompts("video", "text")
