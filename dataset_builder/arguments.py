@@ -53,7 +53,7 @@ class SourceArguments:
     seed: int = _option(0, "Decides simulated scenes, which rows are drawn, and splits.")
     world: list[str] = field(
         default_factory=lambda: ["shell_game"],
-        metadata={"help": "Simulated worlds: shell_game, bounce, order, speed, collide, or all."},
+        metadata={"help": "Simulated worlds: shell_game, bounce, order, speed, collide, color_swap, or all."},
     )
     dials: list[str] = field(
         default_factory=list, metadata={"help": "Difficulty of worlds, as world.dial=value: shell_game.num_cups=4."}

@@ -31,9 +31,10 @@ from typing import Any
 
 import torch
 from transformers import Cache, GenerationConfig, LogitsProcessorList
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, can_return_tuple
@@ -44,7 +45,8 @@ Backbone: Any = object
 
 LATENT_MODES = ("auto", "force", "off")
 LATENT_STOPS = ("budget", "token")
-LATENT_INPUTS = ("rollout", "teacher_forced")
+LATENT_SOLVERS = ("sequential", "jacobi")
+LATENT_INPUTS = ("rollout", "teacher_forced", "embedding")
 STOP_SUPERVISIONS = ("none", "not_end", "pad")
 
 # Inputs that only serve to compute M-RoPE positions.
@@ -70,8 +72,9 @@ class StormsOutput(ModelOutput):
         latent_mask (`torch.BoolTensor` of shape `(batch, max_slots)`): which of them exist.
         past_key_values (`Cache`, *optional*): None after a rollout, whose cache is laid out for training.
         hidden_states, attentions (`tuple`, *optional*): as in transformers; not available from a rollout.
-        latent_feedback (`torch.Tensor` of shape `(batch, 1, hidden_size)`): post-norm state of the last position,
-            what `generate` feeds to the next slot.
+        latent_feedback (`torch.Tensor` of shape `(batch, num_fed, hidden_size)`): post-norm states of the last
+            positions, as many as the `latent_feedback` that was given, else one: what `generate` feeds to the next
+            slots.
     """
 
     loss: torch.Tensor | None = None
@@ -132,24 +135,32 @@ class LatentOptions:
     latent_stop: str = "budget"
     max_latent_blocks: int = 1
     latent_bottleneck: bool = False
+    latent_solver: str = "sequential"
+    jacobi_iterations: int = 3
 
     def __post_init__(self):
         for name, value, allowed in (
             ("latent_mode", self.latent_mode, LATENT_MODES),
             ("latent_stop", self.latent_stop, LATENT_STOPS),
             ("latent_bottleneck", self.latent_bottleneck, (False, True)),
+            ("latent_solver", self.latent_solver, LATENT_SOLVERS),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, allowed))}.")
-        for name, value in (("latent_size", self.latent_size), ("max_latent_blocks", self.max_latent_blocks)):
+        for name in ("latent_size", "max_latent_blocks", "jacobi_iterations"):
+            value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(
-                    f"{name} is {value!r}, but must be an integer of at least 1. Use latent_mode='off' for none."
-                )
+                instead = "latent_solver='sequential'" if name == "jacobi_iterations" else "latent_mode='off'"
+                raise ValueError(f"{name} is {value!r}, but must be an integer of at least 1. Use {instead} for none.")
         if self.latent_bottleneck and self.latent_mode == "off":
             raise ValueError(
                 "latent_bottleneck=True with latent_mode='off' would answer without seeing the video at all: under "
                 "the bottleneck only the slots carry it. Turn one of the two off."
+            )
+        if self.latent_solver == "jacobi" and self.latent_stop != "budget" and self.latent_mode != "off":
+            raise ValueError(
+                f"latent_solver='jacobi' with latent_stop={self.latent_stop!r} would fill slots before it is known "
+                "whether they exist. Use latent_stop='budget', or latent_solver='sequential'."
             )
 
 
@@ -182,21 +193,61 @@ def bottleneck_overlay(blind: torch.Tensor, concealed: torch.Tensor) -> Callable
 
 
 class LatentRun:
-    """What one `generate` call must remember between steps: the state to feed next, and the states fed so far."""
+    """What one `generate` call must remember between steps: the state to feed next, and the states fed so far.
+
+    A step is a call of the model; `step` counts the new ids there are before it. What the host must know of the rows
+    it reads once from the prompt, and at later steps only where a Jacobi solve may have to begin.
+    """
 
     def __init__(self, options: LatentOptions, tokens: LatentTokens, intervention: LatentIntervention | None):
         self.options = options
         self.tokens = tokens
         self.intervention = intervention
+        self.generation_config: Any = None
         self.prompt_length = 0
         self.max_slots = 0
+        self.may_skip_head = False
+        self.first_slot_steps: list[int | None] = []  # the step that feeds each row's first slot, where that is known
+        self.num_opened: list[int] = []  # blocks that each row has opened, or surely will
+        self.cache: Cache | None = None  # once a Jacobi solve has filled a block
+        self.num_filled = 0  # columns that the cache then holds beyond the ids
         self.feedback: torch.Tensor | None = None  # (B, 1, H), state of the last position
+        self.solved: torch.Tensor | None = None  # (B, latent_size, H), what a Jacobi solve found for each row's block
         self.recorded: torch.Tensor | None = None  # (B, max_slots, H)
         self.recorded_length = 0  # sequence length at the last record
 
-    def begin(self, prompt_length: int, max_length: int) -> None:
+    def begin(self, prompt_length: int, generation_config: GenerationConfig, may_skip_head: bool) -> None:
         self.prompt_length = prompt_length
-        self.max_slots = min(self.options.latent_size * self.options.max_latent_blocks, max_length - prompt_length)
+        self.generation_config = generation_config
+        self.may_skip_head = may_skip_head
+        new_ids = generation_config.max_length - prompt_length
+        self.max_slots = min(self.options.latent_size * self.options.max_latent_blocks, new_ids)
+
+    def read_prompt(self, input_ids: torch.Tensor) -> None:
+        is_open = (input_ids[:, -1:] == self.tokens.start).any(1).tolist()
+        closed = 2 if self.options.latent_mode == "force" else None
+        self.first_slot_steps = [1 if row else closed for row in is_open]
+        self.num_opened = [int(step is not None) for step in self.first_slot_steps]
+
+    def step(self, input_ids: torch.Tensor) -> int:
+        return input_ids.shape[1] - self.prompt_length
+
+    def is_outcome_fixed(self, step: int) -> bool:
+        """Whether no row has a choice after a step, as far as the host knows: logits would not be looked at."""
+        known = [first for first in self.first_slot_steps if first is not None]
+        if self.options.latent_stop != "budget" or len(known) < len(self.first_slot_steps):
+            return False
+        return step < min(known) + self.options.latent_size
+
+    def begins_block(self, input_ids: torch.Tensor) -> list[bool]:
+        """For each row, whether its last id is a block's first slot; reads the ids only if that is not known."""
+        step = self.step(input_ids)
+        begins = [step == first for first in self.first_slot_steps]
+        if min(self.num_opened) < self.options.max_latent_blocks and input_ids.shape[1] > 1:
+            found = (input_ids[:, -2] == self.tokens.start) & (input_ids[:, -1] == self.tokens.pad)
+            begins, known = found.tolist(), begins
+            self.num_opened = [n + (new and not old) for n, new, old in zip(self.num_opened, begins, known)]
+        return begins
 
     def num_trailing_slots(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Slots of the block each row is inside of, `(batch,)`."""
@@ -215,6 +266,10 @@ class LatentRun:
         self.recorded_length = input_ids.shape[1]
         states = self.feedback[:, 0]
         input_ids = input_ids.to(states.device)
+        if self.solved is not None:
+            num_slots = self.num_trailing_slots(input_ids)[:, None]
+            solved = self.solved.gather(1, (num_slots - 1).clamp(min=0)[..., None].expand(-1, -1, states.shape[1]))
+            states = torch.where(num_slots > 1, solved[:, 0], states)  # a first slot's state is the feedback itself
         is_slot = input_ids[:, -1] == self.tokens.pad
         if self.intervention is not None:
             states = self._intervene(self.intervention, states, is_slot, self.num_trailing_slots(input_ids) - 1)
@@ -492,6 +547,7 @@ class LatentReasoningMixin(Backbone):
         latent_bottleneck: bool | torch.Tensor | None = None,
         stop_supervision: str = "none",
         latent_feedback: torch.Tensor | None = None,
+        latent_fixed: bool = False,
         num_items_in_batch: int | torch.Tensor | None = None,
         num_slots_in_batch: int | torch.Tensor | None = None,
         num_passes: int | None = None,
@@ -512,7 +568,9 @@ class LatentReasoningMixin(Backbone):
                 label or `stop_supervision` needs must be among them.
             latent_input (`str`, *optional*): what fills the slots. `"teacher_forced"`: `latent_targets`, in one
                 parallel pass. `"rollout"`: the model's own states, with gradient: text in one pass per chunk, slots
-                one position at a time, about one forward's work in all.
+                one position at a time, about one forward's work in all. `"embedding"`: nothing; they keep that of
+                `<|latent_pad|>`, as pause tokens do (Goyal et al., 2024), a control. `generate` does the same only
+                with a `latent_intervention` that returns that embedding.
             latent_targets (`torch.Tensor` of shape `(batch, K, hidden_size)`): K is the largest number of slots in the
                 batch; a row with fewer uses its first ones.
             latent_loss_weight (`float`, *optional*): overrides `config.latent_loss_weight`.
@@ -520,8 +578,11 @@ class LatentReasoningMixin(Backbone):
                 learn about the video from the slots only.
             stop_supervision (`str`, *optional*, defaults to `"none"`): `"not_end"` adds `-log(1 - p(<|latent_end|>))`,
                 `"pad"` the cross-entropy of `<|latent_pad|>`, each at the K positions that a slot follows.
-            latent_feedback (`torch.Tensor` of shape `(batch, 1, hidden_size)`, *optional*): for `generate`; the
-                vector to feed in a decoding step to rows whose id is `<|latent_pad|>`.
+            latent_feedback (`torch.Tensor` of shape `(batch, length, hidden_size)`, *optional*): for `generate`; the
+                vectors to feed in a decoding step where the id is `<|latent_pad|>`.
+            latent_fixed (`bool`, *optional*, defaults to `False`): for `generate`; the rules of the block fix what
+                comes next, so the output head is not run and `logits` are zeros. With `input_ids` of length 0 nothing
+                is: an earlier step has filled this slot.
             num_items_in_batch, num_slots_in_batch (`int`, *optional*): labelled tokens and slots of the whole global
                 batch (accumulation and ranks included), to divide the losses by instead of this batch's own.
             num_passes (`int`, *optional*): passes of the backbone that a rollout must make at least. What its own
@@ -547,6 +608,13 @@ class LatentReasoningMixin(Backbone):
             _check_mm_token_type_ids(past_key_values, mm_token_type_ids, image_grid_thw, video_grid_thw)
             vision |= dict(zip(POSITIONAL, (mm_token_type_ids, second_per_grid_ts)))
         vision = {name: value for name, value in vision.items() if value is not None}
+
+        if latent_fixed and latent_feedback is not None and input_ids is not None and input_ids.shape[1] == 0:
+            return StormsOutput(
+                logits=self._no_logits(latent_feedback),
+                past_key_values=past_key_values,
+                latent_feedback=latent_feedback,
+            )
 
         is_slot = None
         if latent_input is None:
@@ -606,6 +674,11 @@ class LatentReasoningMixin(Backbone):
                     input_ids, kept, position_ids, is_slot, latent_targets, sight, **vision, **kwargs
                 )
                 hidden_states = outputs.last_hidden_state
+            elif latent_input == "embedding":
+                outputs = self._teacher_forced(
+                    input_ids, kept, position_ids, torch.zeros_like(is_slot), None, sight, **vision, **kwargs
+                )
+                hidden_states = outputs.last_hidden_state
             elif latent_input == "rollout":
                 outputs = None
                 hidden_states = self._rollout(
@@ -616,7 +689,9 @@ class LatentReasoningMixin(Backbone):
 
         # 2. Logits; a slot's state is the hidden state of the position before it.
         chosen = None  # (B, L)
-        if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool:
+        if latent_fixed:
+            logits = self._no_logits(hidden_states)
+        elif isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool:
             chosen = logits_to_keep
             logits = self.lm_head(hidden_states[chosen])[None]
         else:
@@ -667,9 +742,12 @@ class LatentReasoningMixin(Backbone):
             past_key_values=outputs.past_key_values if outputs is not None else None,
             hidden_states=outputs.hidden_states if outputs is not None else None,
             attentions=outputs.attentions if outputs is not None else None,
-            latent_feedback=hidden_states[:, -1:],
+            latent_feedback=hidden_states[:, -(1 if latent_feedback is None else latent_feedback.shape[1]) :],
             **training,
         )
+
+    def _no_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states.new_zeros(()).expand(len(hidden_states), 1, self.config.get_text_config().vocab_size)
 
     @staticmethod
     def _check_counts(
@@ -934,6 +1012,13 @@ class LatentReasoningMixin(Backbone):
             latent_bottleneck (`bool`, *optional*, defaults to `False`): the video reaches the answer only through
                 the slots, as in training; the default of checkpoints that were trained so on every row. Without blocks
                 (`"off"`) such a default is ignored.
+            latent_solver (`str`, *optional*, defaults to `"sequential"`): `"sequential"`: one slot a step. `"jacobi"`:
+                all slots of a block at once, from a first guess that repeats the state at `<|latent_start|>`, refined
+                in `jacobi_iterations` passes; then the first `jacobi_iterations` slots are the sequential ones, the
+                others near them at best. In `"auto"` mode the ids are read back at each step until every row has
+                opened its blocks; a batch whose rows open at different steps gains no speed.
+            jacobi_iterations (`int`, *optional*, defaults to 3): passes over a block's slots; `latent_size` or more
+                give the sequential result.
             latent_intervention (`Callable`, *optional*): `(states (num_rows, hidden_size), slot_index (num_rows,)) ->
                 states`, called once for each slot with the rows that are about to be fed one, in batch order;
                 `slot_index` counts from 0 in each block. What it returns is fed and reported.
@@ -946,7 +1031,9 @@ class LatentReasoningMixin(Backbone):
         Raises:
             ValueError: for what would be silently wrong: a prompt that holds a closed block (its states are gone), a
                 right-padded batch, missing `mm_token_type_ids`, and, unless `latent_mode="off"`, `use_cache=False`,
-                beam search, assisted decoding, guidance and continuous batching.
+                beam search, assisted decoding, guidance and continuous batching; with `latent_solver="jacobi"` also
+                `latent_stop="token"`, `latent_intervention`, outputs of each step (`output_logits`,
+                `output_hidden_states`, `output_attentions`), sharded weights, and caches that can't be rewound.
         """
         tokens = self.latent_tokens
         # A keyword wins over the generation config given, and that over the model's own.
@@ -964,6 +1051,11 @@ class LatentReasoningMixin(Backbone):
                 f"latent_intervention is {latent_intervention!r} with latent_mode={options.latent_mode!r}, but must "
                 "be a callable, and there must be slots to call it on. Leave one of the two out."
             )
+        if latent_intervention is not None and options.latent_solver == "jacobi":
+            raise ValueError(
+                "latent_intervention with latent_solver='jacobi' would be called on guesses, several times for each "
+                "slot. Use latent_solver='sequential'."
+            )
         self._check_prompt(inputs, tokens, options, generation_config, kwargs)
         if options.latent_mode == "off":
             outputs = super().generate(inputs, generation_config, streamer=streamer, latent_mode="off", **kwargs)
@@ -979,6 +1071,8 @@ class LatentReasoningMixin(Backbone):
 
         resolved, _ = self._prepare_generation_config(generation_config, **kwargs)
         _check_decoding(resolved, kwargs, options)
+        if options.latent_solver == "jacobi":
+            self._check_jacobi(resolved, kwargs)
         if self.training and self.is_gradient_checkpointing:
             raise ValueError(
                 f"latent_mode={options.latent_mode!r} with activation checkpointing in training mode would decode "
@@ -988,6 +1082,8 @@ class LatentReasoningMixin(Backbone):
         if streamer is not None:
             streamer = LatentStreamer(streamer, tokens, _fill_token_id(resolved))
         outputs = super().generate(inputs, generation_config, streamer=streamer, latent_run=run, **kwargs)
+        if run.cache is not None:  # a criterion may have stopped inside a block
+            _rewind(run.cache, run.num_filled)
         if not isinstance(outputs, GenerateDecoderOnlyOutput):
             return outputs
         states, lengths, reasons = run.finish(outputs.sequences)
@@ -1051,6 +1147,21 @@ class LatentReasoningMixin(Backbone):
             "with its last visual token: what follows has seen the video. Cache no more, or leave past_key_values out."
         )
 
+    def _check_jacobi(self, generation_config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+        refused = None
+        synced_gpus = kwargs.get("synced_gpus")
+        if synced_gpus is None:
+            synced_gpus = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)
+        for name in ("output_logits", "output_hidden_states", "output_attentions"):
+            if generation_config.return_dict_in_generate and getattr(generation_config, name):
+                refused = f"{name} (slots have no step of their own)"
+        if synced_gpus:
+            refused = "synced_gpus or sharded weights (ranks would make different numbers of passes)"
+        if refused is not None:
+            raise ValueError(
+                f"latent_solver='jacobi' does not work with {refused}. Drop it, or use latent_solver='sequential'."
+            )
+
     def _prepare_generation_config(self, generation_config, latent_mode=None, **kwargs):
         resolved, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         resolved.latent_mode = latent_mode  # for _get_logits_processor, which sees no other argument of `generate`
@@ -1059,7 +1170,13 @@ class LatentReasoningMixin(Backbone):
     def _get_logits_processor(self, generation_config, *args, **kwargs):
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         if (run := (kwargs.get("model_kwargs") or {}).get("latent_run")) is not None:
-            run.begin(kwargs["input_ids_seq_length"], generation_config.max_length)
+            cache = kwargs["model_kwargs"].get("past_key_values")
+            if run.options.latent_solver == "jacobi":
+                _check_rewindable(cache)
+            # A compiled step with a head and one without would be two graphs. Whoever looks at logits gets them.
+            looked_at = generation_config.output_logits or kwargs.get("logits_processor")
+            may_skip_head = not looked_at and not (cache is not None and cache.is_compileable)
+            run.begin(kwargs["input_ids_seq_length"], generation_config, may_skip_head)
             fill_token_id = _fill_token_id(generation_config)
             return LatentProcessorList(processors, run, bool(generation_config.do_sample), fill_token_id)
         if getattr(generation_config, "latent_mode", None) == "off":
@@ -1083,21 +1200,39 @@ class LatentReasoningMixin(Backbone):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if (run := model_kwargs.get("latent_run")) is not None:
             # A copy: a view would keep the whole prefill alive, and a captured graph overwrites its outputs.
-            run.feedback = outputs.latent_feedback.clone()
+            run.feedback = outputs.latent_feedback[:, -1:].clone()
         return model_kwargs
 
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, is_first_iteration=False, latent_run=None, **kwargs
     ):
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
+        kwargs |= {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
         if latent_run is None:
-            return model_inputs
-        if not is_first_iteration:
-            model_inputs["latent_feedback"] = latent_run.next_feedback(input_ids)
-        if latent_run.options.latent_bottleneck:
-            blind, concealed = self._bottleneck_sight(input_ids, input_ids == latent_run.tokens.pad)
+            return super().prepare_inputs_for_generation(input_ids, **kwargs)
+        run, step = latent_run, latent_run.step(input_ids)
+        if is_first_iteration:
+            run.read_prompt(input_ids)
+            return self._latent_inputs(input_ids, run, 0, **kwargs)
+        feedback = run.next_feedback(input_ids)
+        if run.num_filled > 0:
+            run.num_filled -= 1
+            return {
+                "input_ids": input_ids[:, :0],
+                "past_key_values": kwargs["past_key_values"],
+                "latent_feedback": feedback,
+                "latent_fixed": True,
+            }
+        if run.options.latent_solver == "jacobi" and any(begins := run.begins_block(input_ids)):
+            return self._solve_block(input_ids, run, begins, feedback, **kwargs)
+        return self._latent_inputs(input_ids, run, step, latent_feedback=feedback, **kwargs)
+
+    def _latent_inputs(self, input_ids, run, step, **kwargs):
+        """The library's inputs for a step, with the bottleneck's mask and without a head where nobody has a choice."""
+        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if run.may_skip_head and run.is_outcome_fixed(step):
+            model_inputs["latent_fixed"] = True
+        if run.options.latent_bottleneck:
+            blind, concealed = self._bottleneck_sight(input_ids, input_ids == run.tokens.pad)
             attention_mask = kwargs.get("attention_mask")
             kept = torch.ones_like(blind) if attention_mask is None else attention_mask.bool()
             model_inputs["attention_mask"] = self._attention_mask(
@@ -1107,6 +1242,39 @@ class LatentReasoningMixin(Backbone):
                 model_inputs["past_key_values"],
             )
         return model_inputs
+
+    def _solve_block(self, input_ids, run, begins, feedback, past_key_values, **kwargs):
+        """Find all states of the blocks that begin, and return the inputs of the next step.
+
+        A slot's guess is the state that the previous pass found before it. The last pass is the step itself, where
+        all rows begin; then the ids follow, and nothing is left to run until the block's end. Where some rows don't,
+        the states are kept, to be fed one a step while those rows go on.
+        """
+        size, room = run.options.latent_size, run.generation_config.max_length - input_ids.shape[1]
+        width = min(size, room)  # slots that will be fed
+        ids = torch.nn.functional.pad(input_ids, (0, width - 1), value=run.tokens.pad)
+        wide = self._update_model_kwargs_for_generation(ModelOutput(), dict(kwargs), num_new_tokens=width - 1)
+        wide |= {"past_key_values": past_key_values, "next_sequence_length": width}
+        call = self.__call__
+        if self._valid_auto_compile_criteria(wide, run.generation_config):
+            call = self.get_compiled_call(run.generation_config.compile_config)
+
+        def inputs(states):
+            fed = {"latent_feedback": states[:, :width], "latent_fixed": True}
+            return self._latent_inputs(ids, run, run.step(input_ids), **wide) | fed
+
+        states = feedback.repeat(1, size, 1)
+        for _ in range(min(run.options.jacobi_iterations, size) - 1):
+            found = call(**inputs(states), return_dict=True).latent_feedback
+            states[:, 1 : width + 1] = found[:, : size - 1]
+            _rewind(past_key_values, width)
+        if all(begins):
+            run.solved, run.cache, run.num_filled = states, past_key_values, width - 1
+            return inputs(states)
+        rows = torch.tensor(begins, device=states.device)[:, None, None]
+        run.solved = states if run.solved is None else torch.where(rows, states, run.solved)
+        kwargs |= {"past_key_values": past_key_values, "latent_feedback": feedback}
+        return self._latent_inputs(input_ids, run, run.step(input_ids), **kwargs)
 
 
 # `generate` inspects the signature of remote code's forward at every step. Kept ready, that costs a tenth.
@@ -1118,6 +1286,27 @@ def _is_prompt(input_ids: torch.Tensor, past_key_values: Cache | None) -> bool:
     if past_key_values is None:
         return True
     return input_ids.shape[1] > 1 and not torch.compiler.is_compiling() and int(past_key_values.get_seq_length()) == 0
+
+
+def _check_rewindable(cache: Cache | None) -> None:
+    stuck = set()
+    for layer, is_sliding in [] if cache is None else zip(cache.layers, cache.is_sliding):
+        if is_sliding or not (layer.is_croppable or isinstance(layer, StaticLayer)):
+            stuck.add(type(layer).__name__)
+    if stuck:
+        raise ValueError(
+            "latent_solver='jacobi' runs a block's positions several times, but the cache has layers that can't take "
+            f"positions back ({', '.join(sorted(stuck))}). Use latent_solver='sequential', or another cache."
+        )
+
+
+def _rewind(cache: Cache, num_columns: int) -> None:
+    """Take back a cache's last columns. A static layer keeps their values, where no mask shows them."""
+    for layer in cache.layers:
+        if isinstance(layer, StaticLayer):
+            layer.cumulative_length.sub_(num_columns)
+        else:
+            layer.crop(-num_columns)
 
 
 def _fill_token_id(generation_config: GenerationConfig) -> int:

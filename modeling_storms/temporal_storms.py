@@ -14,6 +14,7 @@
 """Long video: a Mamba projector between vision tower and language model, and fewer visual tokens after it (STORM)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ PROJECTOR_OPTIONS = {
     "head_dim": 64,
     "expand": 1,
     "conv_kernel": 4,
-    "chunk_size": 256,
+    "chunk_size": 64,
 }
 
 
@@ -126,11 +127,11 @@ class TemporalProjectorLayer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, segment_size: int) -> torch.Tensor:
         length = hidden_states.shape[1]
-        if torch.is_grad_enabled() or length <= segment_size:
+        if length <= segment_size:
             normed = self.norm(hidden_states)
             backward = self.backward_mixer(normed.flip(1)).flip(1)
             return hidden_states + self.forward_mixer(normed) + backward
-        # Without gradients, nothing of a segment is needed any more but the state that it ends in.
+        # Nothing of a segment is needed any more but the state that it ends in.
         outputs = hidden_states.clone()
         for mixer in (self.forward_mixer, self.backward_mixer):
             cache = DynamicCache(config=self.config)
@@ -153,7 +154,7 @@ class TemporalProjector(nn.Module):
     Args:
         hidden_size (`int`): of the merged visual tokens, which is the language model's.
         options (`dict`): `num_layers` (1), `state_size` (64), `head_dim` (64), `expand` (1), `conv_kernel` (4) and
-            `chunk_size` (256), of Mamba-2.
+            `chunk_size` (64), of Mamba-2.
 
     Raises:
         ValueError: if an option is unknown, or `expand * hidden_size` is no multiple of `head_dim`.
@@ -175,24 +176,35 @@ class TemporalProjector(nn.Module):
         self.chunk_size = config.chunk_size
         self.layers = nn.ModuleList([TemporalProjectorLayer(config) for _ in range(num_layers)])
 
-    def forward(self, tokens: torch.Tensor, segment_size: int | None = None) -> torch.Tensor:
-        """Let the tokens of one video or image exchange what they know.
+    def forward(self, media: Sequence[torch.Tensor], segment_size: int | None = None) -> list[torch.Tensor]:
+        """Let the tokens of each video or image exchange what they know.
+
+        Those of one length run together; others can't, as padding would stand before what is scanned backwards.
 
         Args:
-            tokens (`torch.Tensor` of shape `(num_tokens, hidden_size)`): all steps in order.
-            segment_size (`int`, *optional*): most tokens to scan at once, in multiples of `chunk_size` and at least
-                one; the result is the same. With gradients, which need all of them, it is ignored.
+            media (`Sequence[torch.Tensor]`): `(num_tokens, hidden_size)` of each, all its steps in order.
+            segment_size (`int`, *optional*): most tokens to scan at once, but at least `chunk_size`, and those of a
+                longer video in multiples of it; the result is the same. With gradients, which need all of them, it is
+                ignored.
 
         Returns:
-            `torch.Tensor` of the same shape.
+            `list[torch.Tensor]` of the same shapes.
         """
-        if segment_size is None:
-            segment_size = len(tokens)
-        segment_size = max(segment_size // self.chunk_size, 1) * self.chunk_size
-        hidden_states = tokens[None]
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, segment_size)
-        return hidden_states[0]
+        if segment_size is None or torch.is_grad_enabled():
+            segment_size = sum(map(len, media))
+        else:
+            segment_size = max(segment_size // self.chunk_size, 1) * self.chunk_size
+        scanned = list(media)
+        for length in {len(tokens) for tokens in media}:
+            same = [index for index, tokens in enumerate(media) if len(tokens) == length]
+            num_fitting = max(segment_size // length, 1)
+            for chosen in (same[begin : begin + num_fitting] for begin in range(0, len(same), num_fitting)):
+                hidden_states = torch.stack([media[index] for index in chosen])
+                for layer in self.layers:
+                    hidden_states = layer(hidden_states, segment_size)
+                for index, tokens in zip(chosen, hidden_states):
+                    scanned[index] = tokens
+        return scanned
 
 
 __all__ = ["TemporalProjector", "TokenReducer"]

@@ -68,3 +68,45 @@ def answer_rows(
                 }
             )
     return results
+
+
+def compare_solvers(
+    model: LatentReasoningMixin,
+    collator: StormsCollator,
+    rows: Sequence[Mapping[str, Any]],
+    iterations: Sequence[int],
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """How near `latent_solver="jacobi"` comes to the sequential solver, in forced blocks.
+
+    Args:
+        model, collator, rows: as for `answer_rows`.
+        iterations (`Sequence[int]`): of the Jacobi solver, each measured on all rows.
+        options: of `answer_rows` and `generate`.
+
+    Returns:
+        One `dict` for the sequential solver, with `iterations` None, and one for each of `iterations`: `accuracy`,
+        `same_answer` (part of the rows whose text is the sequential solver's), `max_difference` of the states, and
+        `relative_error`, the root mean square of their difference over that of the sequential states.
+    """
+    results: list[dict[str, Any]] = []
+    expected: list[dict[str, Any]] = []
+    for count in (None, *iterations):
+        solver: dict[str, Any] = {
+            "latent_solver": "sequential" if count is None else "jacobi",
+            "jacobi_iterations": count,
+        }
+        found = answer_rows(model, collator, rows, latent_mode="force", **solver, **options)
+        expected = expected or found
+        states, others = (torch.stack([row["latent_states"] for row in run]) for run in (expected, found))
+        difference = others - states
+        results.append(
+            {
+                "iterations": count,
+                "accuracy": sum(row["is_correct"] for row in found) / len(found),
+                "same_answer": sum(a["text"] == b["text"] for a, b in zip(found, expected)) / len(found),
+                "max_difference": float(difference.abs().max()),
+                "relative_error": float(difference.pow(2).mean().sqrt() / states.pow(2).mean().sqrt()),
+            }
+        )
+    return results

@@ -152,7 +152,9 @@ class StormsTrainingArguments(SFTConfig):
         "as many as the first row has.",
     )
     latent_input: str | None = _option(
-        None, "Stage I only: what fills the slots, teacher_forced (default) or rollout. Stage II always rolls out."
+        None,
+        "What fills the slots: in Stage I teacher_forced (default) or rollout, in Stage II always rollout; or, as a "
+        "control, embedding: nothing is fed back (pause tokens), and generation needs an intervention to match.",
     )
     latent_loss_weight: float = _option(0.1, "Stage I only: weight of the regression to the targets.")
     target_source: str = _option("thought_video", f"Stage I only: what the targets show: {', '.join(TARGET_SOURCES)}.")
@@ -218,7 +220,7 @@ def check_stage(arguments: StormsTrainingArguments, stage: str) -> None:
     ignored: list[str] = []
     if stage != "stage1":
         ignored += ["latent_loss_weight"]
-        if stage in WITHOUT_BLOCKS or arguments.latent_input != "rollout":
+        if stage in WITHOUT_BLOCKS or arguments.latent_input not in ("rollout", "embedding"):
             ignored += ["latent_input"]
         if stage in WITHOUT_BLOCKS or arguments.latent_size is not None:  # else a block is as long as its targets
             ignored += ["target_source", "num_target_frames"]

@@ -190,6 +190,7 @@ def convert(
     model.tie_weights()
     options = {"latent_mode": "auto", "latent_size": latent_size, "latent_stop": "budget"}
     options |= {"max_latent_blocks": 1, "latent_bottleneck": False}
+    options |= {"latent_solver": "sequential", "jacobi_iterations": 3}
     inherited = base.generation_config.to_diff_dict()
     inherited.pop("_from_model_config", None)  # else options that the library doesn't know are dropped
     model.generation_config = GenerationConfig(**{**inherited, **options})

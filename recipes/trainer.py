@@ -158,7 +158,7 @@ class StormsTrainer(SFTTrainer):
         """What fills the slots in this stage."""
         if self.stage == "stage1":
             return self.args.latent_input or "teacher_forced"
-        return "rollout" if self.stage == "stage2" else None
+        return (self.args.latent_input or "rollout") if self.stage == "stage2" else None
 
     def _agree_on_passes(self, model, inputs) -> int:
         """The most passes that any rank needs; refuses batches in which ranks would wait for each other for ever."""

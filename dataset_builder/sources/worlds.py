@@ -153,8 +153,7 @@ class ShellGame(World):
         return self.num_cups
 
     def sample(self, rng: np.random.Generator, answer_idx: int) -> "ShellGameScene":
-        draw = self._draw_regular if self.num_swaps >= self.num_cups else self._draw_independent
-        swaps, permutation = draw(rng)
+        swaps, permutation = _draw_swaps(rng, self.num_cups, self.num_swaps)
         start = permutation.index(answer_idx)
 
         names = ["left", "middle", "right"]
@@ -193,29 +192,6 @@ class ShellGame(World):
             cup_color=COLORS[cup_color],
             ball_color=COLORS[ball_color],
         )
-
-    def _draw_regular(self, rng: np.random.Generator) -> tuple[list[tuple[int, int]], tuple[int, ...]]:
-        """Swaps whose pairs alone say nothing of where a cup ends, and their permutation."""
-        pairs = list(combinations(range(self.num_cups), 2))
-        while True:
-            counts = tuple(int(count) for count in rng.multinomial(self.num_swaps, [1 / len(pairs)] * len(pairs)))
-            num_orders = _num_orders(counts, self.num_cups)
-            reachable = sorted(num_orders)
-            first = reachable[rng.integers(len(reachable))]
-            coset = [tuple(first[cup] for cup in element) for element in _REGULAR_GROUPS[self.num_cups]]
-            if all(permutation in num_orders for permutation in coset):
-                break
-        permutation = coset[rng.integers(len(coset))]
-        return [pairs[pair_idx] for pair_idx in _draw_order(rng, counts, permutation)], permutation
-
-    def _draw_independent(self, rng: np.random.Generator) -> tuple[list[tuple[int, int]], tuple[int, ...]]:
-        """Swaps drawn uniformly, each on its own, and their permutation."""
-        pairs = list(combinations(range(self.num_cups), 2))
-        swaps = [pairs[pair_idx] for pair_idx in rng.integers(len(pairs), size=self.num_swaps)]
-        permutation = tuple(range(self.num_cups))
-        for low, high in swaps:
-            permutation = _swap_ends(permutation, low, high)
-        return swaps, permutation
 
 
 _INTRO_FRAMES, _LIFTED_FRAMES, _REST_FRAMES = 12, 6, 4
@@ -281,6 +257,29 @@ class ShellGameScene(Scene):
 
     def _paint_thought(self, draw: ImageDraw.ImageDraw, frame_idx: int) -> None:
         self._paint(draw, frame_idx, see_through=True)
+
+
+def _draw_swaps(
+    rng: np.random.Generator, num_cups: int, num_swaps: int
+) -> tuple[list[tuple[int, int]], tuple[int, ...]]:
+    """Swaps and their permutation: where each cup ends. See `ShellGame` for what they tell and what not."""
+    pairs = list(combinations(range(num_cups), 2))
+    if num_swaps < num_cups:  # each on its own
+        swaps = [pairs[pair_idx] for pair_idx in rng.integers(len(pairs), size=num_swaps)]
+        permutation = tuple(range(num_cups))
+        for low, high in swaps:
+            permutation = _swap_ends(permutation, low, high)
+        return swaps, permutation
+    while True:
+        counts = tuple(int(count) for count in rng.multinomial(num_swaps, [1 / len(pairs)] * len(pairs)))
+        num_orders = _num_orders(counts, num_cups)
+        reachable = sorted(num_orders)
+        first = reachable[rng.integers(len(reachable))]
+        coset = [tuple(first[cup] for cup in element) for element in _REGULAR_GROUPS[num_cups]]
+        if all(permutation in num_orders for permutation in coset):
+            break
+    permutation = coset[rng.integers(len(coset))]
+    return [pairs[pair_idx] for pair_idx in _draw_order(rng, counts, permutation)], permutation
 
 
 @lru_cache(maxsize=10_000)
@@ -797,6 +796,103 @@ def _collide_plan(scene: CollideScene, names: list[str]) -> str:
     )
 
 
+@dataclass(frozen=True)
+class ColorSwap(World):
+    """A lamp is covered while signals of two colours each tell it to change: which colour does it have at the end?
+
+    The shell game with colours in place of places: a lamp of one of a signal's colours takes the other. At chance are
+    the same observers, for the same reason (see `ShellGame`; `num_colors` is its `num_cups`). Its state is one colour
+    for the whole frame, which survives averaging over a frame's tokens; where a ball is does not.
+
+    Thought video: the same clip, with the lamp uncovered; it changes with the signal.
+
+    Args:
+        num_colors (`int`): 3 or 4.
+        num_swaps (`int`): 1 to 30 signals; with fewer than `num_colors`, the bag of frames tells something.
+        frames_per_swap (`int`): at 12 frames a second, also of the start, when the lamp is shown, and of the end. A
+            signal is off for the last quarter.
+    """
+
+    name: ClassVar[str] = "color_swap"
+
+    num_colors: int = 3
+    num_swaps: int = 4
+    frames_per_swap: int = 8
+
+    def __post_init__(self) -> None:
+        self._check_dials(num_colors=(3, 4), num_swaps=(1, 30), frames_per_swap=(4, 48))
+
+    @property
+    def num_answers(self) -> int:
+        return self.num_colors
+
+    def sample(self, rng: np.random.Generator, answer_idx: int) -> "ColorSwapScene":
+        swaps, permutation = _draw_swaps(rng, self.num_colors, self.num_swaps)
+        start = permutation.index(answer_idx)
+        names = ("red", "green", "blue", "purple")[: self.num_colors]
+        steps, lit = [], start
+        for swap_idx, (low, high) in enumerate(swaps):
+            lit = {low: high, high: low}.get(lit, lit)
+            seconds = (swap_idx + 1) * self.frames_per_swap / FPS
+            steps.append(f"at {seconds:.1f} s {names[low]} and {names[high]} swap, lamp {names[lit]}")
+        ground, ink = _draw_ground(rng)
+        num_frames = (self.num_swaps + 2) * self.frames_per_swap
+        return ColorSwapScene(
+            question="A lamp is covered. Signals show two colours each: a lamp of one takes the other. "
+            "Which colour does the lamp have at the end?",
+            options=names,
+            answer_idx=answer_idx,
+            plan=f"The lamp starts {names[start]}. Then {'; '.join(steps)}. It ends {names[lit]}.",
+            num_frames=num_frames,
+            thought_num_frames=num_frames,
+            ground=ground,
+            ink=ink,
+            start=start,
+            swaps=tuple(swaps),
+            frames_per_swap=self.frames_per_swap,
+            radius=rng.uniform(24, 32),
+        )
+
+
+_UNLIT = (96, 96, 96)  # about as bright as the colours, so that nothing flickers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColorSwapScene(Scene):
+    """A scene of `ColorSwap`: a lamp on the left, a signal on the right."""
+
+    start: int  # the lamp's colour, an option
+    swaps: tuple[tuple[int, int], ...]  # colours that swap, in order
+    frames_per_swap: int
+    radius: float  # of the lamp, in pixels
+
+    def lit_at(self, frame_idx: int) -> int:
+        """The lamp's colour, an option, whether it is covered or not."""
+        lit = self.start
+        for low, high in self.swaps[: frame_idx // self.frames_per_swap]:
+            lit = {low: high, high: low}.get(lit, lit)
+        return lit
+
+    def signal_at(self, frame_idx: int) -> tuple[int, int] | None:
+        """The two colours that a signal shows, low option first; None while it is off."""
+        segment, phase = divmod(frame_idx, self.frames_per_swap)
+        is_on = 1 <= segment <= len(self.swaps) and phase < self.frames_per_swap - self.frames_per_swap // 4
+        return self.swaps[segment - 1] if is_on else None
+
+    def _paint(self, draw: ImageDraw.ImageDraw, frame_idx: int, see_through: bool = False) -> None:
+        is_seen = see_through or frame_idx < self.frames_per_swap
+        color = COLORS[self.options[self.lit_at(frame_idx)]] if is_seen else _UNLIT
+        _disc(draw, WIDTH / 4, HEIGHT / 2, self.radius, color)
+        signal = self.signal_at(frame_idx)
+        for place in (0, 1):
+            shown = _UNLIT if signal is None else COLORS[self.options[signal[place]]]
+            top = HEIGHT / 2 - 34 + 36 * place
+            draw.rectangle((WIDTH * 3 / 4 - 26, top, WIDTH * 3 / 4 + 26, top + 32), fill=shown)
+
+    def _paint_thought(self, draw: ImageDraw.ImageDraw, frame_idx: int) -> None:
+        self._paint(draw, frame_idx, see_through=True)
+
+
 def _draw_ground(rng: np.random.Generator) -> tuple[Color, Color]:
     """A light or dark background, slightly tinted, and a colour for lines on it."""
     is_dark = bool(rng.integers(2))
@@ -819,4 +915,4 @@ def _check_frames(world: str, dial: str, seconds: float) -> None:
         raise ValueError(f"World {world!r}: saw {dial}={seconds!r}, expected a multiple of 1/{FPS} s: a whole frame.")
 
 
-WORLDS: dict[str, type[World]] = {world.name: world for world in (ShellGame, Bounce, Order, Speed, Collide)}
+WORLDS: dict[str, type[World]] = {world.name: world for world in (ShellGame, Bounce, Order, Speed, Collide, ColorSwap)}

@@ -10,6 +10,7 @@ to start afresh. The settings are those of `recipes/configs/tiny/`.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -142,7 +143,8 @@ def measure(checkpoint: Path, dataset: Path, num_answers: int) -> dict[str, Any]
 def swap_latents(
     model: StormsForConditionalGeneration, collator: StormsCollator, rows: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Give each row the latent states of a row with another answer, and see whose answer it gives.
+    """Give each row the latent states of a row with another answer, and see whose answer it gives. Answers are letters
+    where rows have options, else words.
 
     Returns:
         `dict` of accuracies with latents `intact`, from a `donor`, and `noise` of the same norm; `follows_donor`, how
@@ -150,7 +152,7 @@ def swap_latents(
         `intact_gives_donors_answer`, how often that place is given anyway.
     """
     intact = answer_rows(model, collator, rows, batch_size=50, latent_mode="force")
-    places = [row["options"][LETTERS.index(row["answer"])] for row in rows]
+    places = [row["options"][LETTERS.index(row["answer"])] if row["options"] else row["answer"] for row in rows]
     donors = []
     for index, row in enumerate(rows):
         others = [*range(index + 1, len(rows)), *range(index)]
@@ -165,7 +167,12 @@ def swap_latents(
     ]
     given = answer_rows(model, collator, rows, batch_size=50, replace_states=states)
     noised = answer_rows(model, collator, rows, batch_size=50, replace_states=random)
-    letters = [LETTERS[row["options"].index(places[donor])] for row, donor in zip(rows, donors)]
+    letters = [
+        LETTERS[row["options"].index(places[donor])] if row["options"] else places[donor]
+        for row, donor in zip(rows, donors)
+    ]
+    for one in (*intact, *given):
+        one["choice"] = one["choice"] or one["text"].strip()
     return {
         "num_rows": len(rows),
         "intact": _mean(one["is_correct"] for one in intact),
@@ -203,6 +210,14 @@ def shortfalls(results: dict[str, Any]) -> list[str]:
 def _mean(values: Any) -> float:
     values = [float(value) for value in values]
     return sum(values) / len(values)
+
+
+def wilson(right: int, num: int) -> list[float]:
+    """95% interval of a share."""
+    z = 1.96
+    center = (right + z**2 / 2) / (num + z**2)
+    spread = z / (num + z**2) * math.sqrt(right * (num - right) / num + z**2 / 4)
+    return [center - spread, center + spread]
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

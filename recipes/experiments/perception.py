@@ -10,7 +10,7 @@ asks: where a ball ends that was seen at the start only.
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,8 +102,6 @@ def _question(
 
 def write_perception(arguments: PerceptionArguments) -> Path:
     """Write the dataset folder."""
-    output = Path(arguments.output)
-    shutil.rmtree(output, ignore_errors=True)
     dials = {"shell_game": {"num_swaps": arguments.num_swaps}}
     rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for index, source in enumerate(
@@ -116,11 +114,19 @@ def write_perception(arguments: PerceptionArguments) -> Path:
             for split, kinds in SPLITS.items():
                 if kind in kinds:
                     rows[split].append(row)
+    described = f"{arguments.num_rows} scenes, {arguments.num_swaps} swaps, seed {arguments.seed}"
+    return write_splits(Path(arguments.output), rows, described)
+
+
+def write_splits(
+    output: Path, rows: Mapping[str, Sequence[dict[str, Any]]], described: str, features: Features = FEATURES
+) -> Path:
+    """Write a dataset folder with rows by split; an earlier one is replaced."""
+    shutil.rmtree(output, ignore_errors=True)
     (output / "data").mkdir(parents=True)
     for split, listed in rows.items():
-        Dataset.from_list(listed, features=FEATURES).to_parquet(output / "data" / f"{split}-00000-of-00001.parquet")
+        Dataset.from_list(listed, features=features).to_parquet(output / "data" / f"{split}-00000-of-00001.parquet")
     files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in rows]
-    described = f"{arguments.num_rows} scenes, {arguments.num_swaps} swaps, seed {arguments.seed}"
     configs = [{"config_name": "default", "description": described, "data_files": files}]
     (output / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n\n# {described}\n")
     return output

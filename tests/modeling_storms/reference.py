@@ -55,7 +55,7 @@ class LoopModel(Qwen2_5_VLModel):
         outputs = encode(pixels, grids, return_dict=True)
         merge, left = self.config.vision_config.spatial_merge_size, []
         for tokens, (steps, height, width) in zip(outputs.pooler_output, grids.tolist()):
-            tokens = tokens if self.temporal_projector is None else self.temporal_projector(tokens)
+            tokens = tokens if self.temporal_projector is None else self.temporal_projector([tokens])[0]
             grid = steps, height // merge, width // merge
             left.append(reduce_by_loops(tokens, grid, *numbers_of(self.reducing, is_video)))
         outputs.pooler_output = tuple(left)
@@ -184,8 +184,13 @@ def recompute(model, row, embeds, attention_mask=None):
 
 
 @torch.no_grad()
-def reference_generate(model, row, tokens, max_new_tokens, mode, size, stop="budget", max_blocks=1, eos=()):
-    """Greedy decoding of one row by the rules of the design, recomputing everything at every step."""
+def reference_generate(
+    model, row, tokens, max_new_tokens, mode, size, stop="budget", max_blocks=1, eos=(), iterations=None
+):
+    """Greedy decoding of one row by the rules of the design, recomputing everything at every step.
+
+    With `iterations`, a block's slots hold what so many parallel passes over guesses feed last.
+    """
     start, pad, end = tokens
     run = ReferenceRun()
     model.model.known = {}
@@ -206,7 +211,12 @@ def reference_generate(model, row, tokens, max_new_tokens, mode, size, stop="bud
             token = int(logits.argmax())
         run.new_ids.append(token)
         if token == pad:
-            vector = hidden[-1]
+            if num_slots == 0 and iterations is not None:
+                guesses = [hidden[-1]] * size
+                for _ in range(iterations - 1):
+                    states = recompute(model, row, torch.cat([embeds, torch.stack(guesses)[None]], dim=1))
+                    guesses = [hidden[-1], *states[embeds.shape[1] : -1]]
+            vector = hidden[-1] if iterations is None else guesses[num_slots]
             run.states.append(vector)
             num_slots += 1
         else:

@@ -2,6 +2,7 @@
 
 import itertools
 from itertools import product
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -219,9 +220,11 @@ class TestCaches:
         compile_config = CompileConfig(mode="default")
         compile_config._compile_all_devices = True  # transformers compiles on accelerators only, unless told
         torch._dynamo.reset()
+        counters = torch._dynamo.utils.counters
+        counters.clear()
         with torch._dynamo.config.patch(error_on_recompile=True):
             compiled = model.generate(**inputs, cache_implementation="static", compile_config=compile_config, **kwargs)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+        assert (counters["stats"]["unique_graphs"], dict(counters["graph_break"])) == (1, {})
         assert compiled.sequences.tolist() == plain.sequences.tolist()
         for one, other in zip(compiled.latent_states, plain.latent_states):
             torch.testing.assert_close(one, other, atol=STATE_TOLERANCE, rtol=STATE_TOLERANCE)
@@ -541,6 +544,7 @@ class TestHotPath:
         "options",
         [
             {"latent_mode": "force", "latent_size": 40},
+            {"latent_mode": "force", "latent_size": 40, "cache_implementation": "static"},
             {"latent_mode": "force", "latent_size": 3, "max_latent_blocks": 4},
             {"latent_mode": "auto", "latent_stop": "token", "repetition_penalty": 1.2},
             {"latent_mode": "force", "latent_size": 40, "do_sample": True, "latent_stop": "token"},
@@ -559,6 +563,62 @@ class TestHotPath:
         own = self.reads_per_step(lambda **kwargs: model.generate(**inputs, **options, **kwargs))
         read = {"latent_intervention": lambda states, slot_index: states + float(slot_index[0])}
         assert self.reads_per_step(lambda **kwargs: model.generate(**inputs, **options, **read, **kwargs)) > own
+
+
+class TestHead:
+    """The output head is not run for what the rules of a block fix, and nothing else changes."""
+
+    OPTIONS = MappingProxyType(
+        {"latent_mode": "force", "latent_size": 4, "max_new_tokens": 10, "return_dict_in_generate": True}
+    )
+    # The start, four slots and the end are fixed, four tokens of text are not.
+    SKIPPED = 6
+
+    @staticmethod
+    def generate(model, inputs, **options):
+        """What `generate` returns, and the number of rows of logits it computed."""
+        rows = []
+        hook = model.lm_head.register_forward_hook(lambda module, args, logits: rows.append(logits[..., 0].numel()))
+        out = model.generate(**inputs, **options)
+        hook.remove()
+        return out, sum(rows)
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"do_sample": True, "repetition_penalty": 1.3}, {"latent_bottleneck": True}]
+    )
+    def test_is_left_out_inside_a_block_and_nothing_changes(self, model, prompts, options):
+        inputs, options = prompts("video", "text", "both"), self.OPTIONS | {"output_scores": True} | options
+        torch.manual_seed(0)
+        out, rows = self.generate(model, inputs, **options)
+        torch.manual_seed(0)
+        expected, all_rows = self.generate(model, inputs, output_logits=True, **options)
+        assert (rows, all_rows) == (3 * (10 - self.SKIPPED), 3 * 10)
+        assert out.sequences.tolist() == expected.sequences.tolist()
+        for name in ("scores", "latent_states"):
+            for one, other in zip(out[name], expected[name], strict=True):
+                torch.testing.assert_close(one, other, atol=0, rtol=0)
+
+    def test_open_prompts_are_known_in_auto_mode(self, model, prompts):
+        inputs = prompts("video", "text")
+        for name, value in (("input_ids", model.latent_tokens.start), ("attention_mask", 1), ("mm_token_type_ids", 0)):
+            inputs[name] = torch.nn.functional.pad(inputs[name], (0, 1), value=value)
+        options = self.OPTIONS | {"latent_mode": "auto"}
+        assert self.generate(model, inputs, **options)[1] == 2 * (10 - self.SKIPPED + 1)
+        # The second row's prompt is not open: what comes after it is free, at every step.
+        inputs["input_ids"][1, -1] = 7
+        assert self.generate(model, inputs, **options)[1] == 2 * 10
+        # Or is forced open one step later.
+        assert self.generate(model, inputs, **self.OPTIONS)[1] == 2 * (10 - self.SKIPPED + 1)
+
+    @pytest.mark.parametrize("options", [{"latent_stop": "token"}, {"latent_mode": "auto"}, {"latent_mode": "off"}])
+    def test_runs_where_a_row_has_a_choice(self, model, prompts, options):
+        assert self.generate(model, prompts("video", "text"), **(self.OPTIONS | options))[1] == 2 * 10
+
+    def test_a_logits_processor_of_ones_own_sees_logits(self, model, prompts):
+        recorder = Recorder()
+        processors = LogitsProcessorList([recorder])
+        inputs = prompts("text")
+        assert self.generate(model, inputs, logits_processor=processors, **self.OPTIONS)[1] == len(recorder.seen) == 10
 
 
 def test_embeddings_without_ids_decode_like_the_ids(model, prompts):

@@ -120,6 +120,33 @@ class TestParity:
         rollout = model(**batch, latent_input="rollout")
         assert_states(rollout, out.latent_states)
 
+    def test_slots_without_feedback_are_the_plain_class_reading_their_embedding(self, pair, model, prompts):
+        inputs = prompts("video", "text", "both")
+        pad = model.get_input_embeddings().weight[model.config.latent_pad_token_id]
+        out = model.generate(
+            **inputs,
+            max_new_tokens=12,
+            latent_mode="force",
+            latent_size=4,
+            latent_intervention=lambda states, slot_index: pad.expand_as(states),
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        batch = training_batch(model, inputs, out)
+        paused = model(**batch, latent_input="embedding")
+        plain = same_weights(pair[0], model)(**{name: one for name, one in batch.items() if name != "labels"})
+        kept = batch["attention_mask"].bool()
+        torch.testing.assert_close(paused.logits[kept], plain.logits[kept], atol=LOGIT_TOLERANCE, rtol=LOGIT_TOLERANCE)
+        # And generation under that intervention reads what training does: logits behind the block, row by row.
+        for index, row in enumerate(single_batches(model, batch)):
+            alone = model(**row, latent_input="embedding").logits[0]
+            length = int(inputs["attention_mask"][index].sum())
+            ended = len(alone) - length
+            for step in range(6, ended):
+                torch.testing.assert_close(
+                    alone[length + step - 1], out.logits[step][index], atol=LOGIT_TOLERANCE, rtol=LOGIT_TOLERANCE
+                )
+
     def test_each_row_alone_yields_the_same(self, episode):
         model, inputs, out = episode
         batch = training_batch(model, inputs, out)

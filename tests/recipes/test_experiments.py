@@ -1,4 +1,4 @@
-"""The gate: its questions are right, its measurements mean what they say, and what it found is shown."""
+"""Experiments: their questions are right, their measurements mean what they say, and what they found is shown."""
 
 import dataclasses
 import json
@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import load_dataset
 
 from dataset_builder.schema import LETTERS
 from dataset_builder.sources.simulated import list_rows, scene_of
+from dataset_builder.sources.worlds import COLORS
 from modeling_storms import StormsForConditionalGeneration, StormsProcessor
 from modeling_storms.video_storms import decode_video
-from recipes.answers import answer_rows
+from recipes.answers import answer_rows, compare_solvers
 from recipes.collator import StormsCollator
-from recipes.experiments import gate
+from recipes.data import load_split
+from recipes.experiments import gate, internalisation, long_video
 from recipes.experiments.perception import SEEN, START, PerceptionArguments, write_perception
 
 from .tiny_runs import make_rows, make_trainer
@@ -90,6 +93,85 @@ def test_a_row_given_its_own_states_answers_as_before(tmp_path):
     turned = answer_rows(model, collator, rows, batch_size=4, replace_states=[*states[1:], states[0]])
     torch.testing.assert_close(turned[0]["latent_states"], states[1])
     assert [one["text"] for one in turned] != [one["text"] for one in own]
+
+
+def test_questions_to_see_on_have_right_answers(tmp_path):
+    internalisation.write_base_task(tmp_path / "see", num_scenes=9)
+    rows = load_dataset(str(tmp_path / "see"))
+    assert set(rows["see"]["id"]) < set(rows["step"]["id"])
+    asked = set()
+    for row in rows["step"]:
+        index = int(row["id"].split("-")[0])
+        dials = {"color_swap": {"num_swaps": 8 - index % 6, "frames_per_swap": 4}}
+        (source,) = list_rows(["color_swap"], 1, 1000 + index, {"train": 1.0}, dials)
+        scene = scene_of(source["scene"])
+        kind = row["question"].split()[0]
+        asked.add(kind)
+        signals = [int(word.rstrip("?.")) for word in row["question"].split() if word.rstrip("?.").isdigit()]
+        shown = {scene.options[one] for one in scene.swaps[signals[0] - 1]} if signals else set()
+        if kind == "The" and signals:
+            before = row["question"].split()[3]
+            assert row["answer"] == ((shown - {before}).pop() if before in shown else before)
+        elif signals:
+            assert row["answer"] not in shown
+        else:
+            assert row["answer"] == scene.options[scene.start if "start" in row["question"] else scene.answer_idx]
+        assert len(decode_video(row["video"]["bytes"])[0]) == scene.num_frames
+    assert asked == {"Which", "The"}
+
+
+@pytest.mark.slow
+def test_the_experiment_on_latents_runs_whole_and_repeats_nothing(tmp_path):
+    grid = yaml.safe_load(Path(internalisation.__file__).with_suffix(".yaml").read_text())
+    grid |= {"num_rows": 8, "num_answers": 6, "num_scenes": 4, "see_steps": [1, 1], "max_steps": 2, "seeds": [0]}
+    grid |= {"swaps": [2], "variant_swaps": 2}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    arms = ["sft", "pause tokens", "chain of thought", "full", "full, shuffled targets"]
+    argv = ["--output", str(tmp_path / "out"), "--config", str(tmp_path / "grid.yaml"), "--arms", *arms]
+    results = internalisation.main(argv)
+    assert {run["arm"]: round(run["latent_tokens_per_item"]) for run in results["runs"]} == {
+        **dict.fromkeys(arms, 8),
+        "sft": 0,
+        "chain of thought": 0,
+    }
+    assert set(results["interventions"]) == {"full, 2 swaps", "full, shuffled targets, 2 swaps"}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+    assert internalisation.main(argv) == results
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")} == before
+    # What the chain says are the lamp's colours; what is shuffled is another row's thought video, of the same row.
+    rows = {
+        split: load_dataset(str(tmp_path / "out" / "2 swaps" / "rows"), split=split) for split in ("chain", "train")
+    }
+    assert all(one["video"] == other["video"] for one, other in zip(rows["chain"], rows["train"]))
+    for row, answered in zip(rows["train"], rows["chain"]):
+        *states, last = answered["answer"].replace("<think>", "").replace("</think>", "").split()
+        assert len(states) == 3
+        assert states[-1] == last == row["answer"]
+        assert row["reasoning_plan"].startswith(f"The lamp starts {states[0]}.")
+
+
+@pytest.mark.slow
+def test_the_projectors_experiment_runs_whole_and_arms_see_equally_many_tokens(tmp_path):
+    sizes = ["--num_rows", "4", "--num_answers", "6", "--see_steps", "1", "--max_steps", "1", "--seeds", "0"]
+    results = long_video.main(["--output", str(tmp_path), "--worlds", "fast", *sizes])
+    assert [run["arm"] for run in results["runs"]] == ["pooled", "pooled, projector"]
+    assert {run["visual_tokens"] for run in results["runs"]} == {16}  # 128 frames, 2 a step, 4 steps pooled
+    for row in load_split(str(tmp_path / "data" / "fast"), "validation"):
+        frames, _ = decode_video(row["video"]["bytes"])
+        signal = int(row["question"].rstrip("?").split()[-1])
+        upper, lower = frames[4 * signal][[20, 38], 63].astype(int)  # halves of the signal, at half the size
+        shown = {min(COLORS, key=lambda name: abs(COLORS[name] - color).sum()) for color in (upper, lower)}
+        assert shown | {row["answer"]} == {"red", "green", "blue"}
+
+
+def test_solvers_agree_where_they_must(model, processor):
+    rows, collator = make_rows(3), StormsCollator(processor, latent_size=3)
+    sequential, first, last = compare_solvers(model, collator, rows, (1, 3), latent_size=3, max_new_tokens=4)
+    assert (sequential["iterations"], sequential["same_answer"], sequential["max_difference"]) == (None, 1.0, 0.0)
+    assert (last["iterations"], last["same_answer"], last["accuracy"]) == (3, 1.0, sequential["accuracy"])
+    assert last["relative_error"] <= last["max_difference"] < 1e-5
+    assert first["relative_error"] > 0.01
+    assert first["relative_error"] < first["max_difference"]
 
 
 def test_the_gate_says_what_is_missing():

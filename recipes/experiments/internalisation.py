@@ -1,0 +1,313 @@
+"""Does reasoning in latents work, and do the latents matter? Arms from one base model, on worlds whose truth is known.
+
+    python -m recipes.experiments.internalisation --output internalisation_output
+    python -m recipes.experiments.internalisation --arms sft full --swaps 6 --seeds 0 --output internalisation_output
+
+In the world `color_swap`, a lamp is covered while signals of two colours each tell it to change; which colour does it
+have at the end? The more signals, the longer the chain of states that no frame shows; the thought video shows it. A
+tiny random model is first taught to see (questions about one signal, never about a chain), in the role of a pretrained
+backbone. Each arm starts from it and trains for equally many steps on the same clips by the recipes' own scripts; the
+YAML lists arms and difficulties. A run that is in the output folder already is not repeated, so that several processes
+may share one folder, each with other `--seeds` or `--arms`; each command writes the figures of all that are there.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import HfArgumentParser
+
+from dataset_builder.__main__ import main as build
+from dataset_builder.schema import FEATURES, FREE_FORM, LETTERS
+from dataset_builder.sources.simulated import list_rows, scene_of
+from dataset_builder.sources.worlds import ColorSwapScene
+from dataset_builder.thought_video import encode_video
+from evaluation.prompts import storms_prompt
+from modeling_storms import StormsForConditionalGeneration, StormsProcessor
+from recipes import sft, stage1, stage2
+from recipes.answers import answer_rows
+from recipes.collator import StormsCollator
+from recipes.data import load_split
+from recipes.experiments import perception
+from recipes.experiments.gate import swap_latents, wilson
+from recipes.init_checkpoint import build_tiny_base, convert, embed_markers_as_newline
+
+
+SCRIPTS = {"sft": sft, "stage1": stage1, "stage2": stage2}
+MAX_SIGNALS = 8  # in the clips that the base learns to see on
+START = "Which colour does the lamp have at the start?"
+MISSING = "Which colour is missing in signal {}?"
+STEP = "The lamp is {} before signal {}. Which colour does it have after it?"
+END = "The lamp is uncovered. Which colour does it have at the end?"
+
+
+@dataclass
+class InternalisationArguments:
+    output: str = field(default="internalisation_output", metadata={"help": "Folder of data, checkpoints and runs."})
+    config: str = field(default=str(Path(__file__).with_suffix(".yaml")), metadata={"help": "The grid, as YAML."})
+    results: str | None = field(default=None, metadata={"help": "Also write the figures to this file."})
+    arms: list[str] = field(default_factory=list, metadata={"help": "Run these only; all by default."})
+    swaps: list[int] = field(default_factory=list, metadata={"help": "Run these difficulties only."})
+    seeds: list[int] = field(default_factory=list, metadata={"help": "Run these seeds only."})
+
+
+# ------------------------------------------------------------------ data
+
+
+def write_task(output: Path, num_swaps: int, num_rows: int, num_answers: int) -> None:
+    """Clips of one difficulty, built by `dataset_builder`, with answers in words.
+
+    Splits are `train`, `validation`, `chain` (each state written out before the answer) and `shuffled` (another row's
+    thought video).
+    """
+    total, built = num_rows + num_answers, output / "built"
+    world = ["--source", "simulated", "--world", "color_swap", "--num_rows", str(total), "--seed", str(num_swaps)]
+    dials = ["--dials", f"color_swap.num_swaps={num_swaps}", "color_swap.frames_per_swap=4"]
+    splits = ["--validation_fraction", str(num_answers / total), "--test_fraction", "0"]
+    build(["build", *world, *dials, *splits, "--output", str(built)])
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for split in ("train", "validation"):
+        rows[split] = [
+            {**row, "options": [], "answer": row["options"][LETTERS.index(row["answer"])], "problem_type": FREE_FORM}
+            for row in load_split(str(built), split)
+        ]
+    chains = {row["id"]: row["reasoning_plan"] for row in rows["train"]}
+    rows["chain"] = [{**row, "answer": f"{_chain(chains[row['id']])} {row['answer']}"} for row in rows["train"]]
+    thoughts = [row["thought_video"] for row in rows["train"]]
+    order = np.random.default_rng(num_swaps).permutation(len(thoughts))
+    rows["shuffled"] = [{**row, "thought_video": thoughts[other]} for row, other in zip(rows["train"], order)]
+    perception.write_splits(output / "rows", rows, f"color_swap, {num_swaps} signals, {total} clips", FEATURES)
+
+
+def _chain(plan: str) -> str:
+    """The lamp's colours in a plan, one after another."""
+    words = plan.replace(";", " ").replace(".", " ").replace(",", " ").split()
+    states = [after for before, after in pairwise(words) if before in ("starts", "lamp") and after != "starts"]
+    return f"<think>{' '.join(states)}</think>"
+
+
+def write_base_task(output: Path, num_scenes: int) -> None:
+    """What a base model is taught: in `see` what lamp and signals show, in `step` also what one signal does."""
+    rows: dict[str, list[dict[str, Any]]] = {"see": [], "step": []}
+    for index in track(range(num_scenes), "clips to see on"):
+        rng = np.random.default_rng([1, index])
+        dials = {"color_swap": {"num_swaps": MAX_SIGNALS - index % 6, "frames_per_swap": 4}}
+        (source,) = list_rows(["color_swap"], 1, 1000 + index, {"train": 1.0}, dials)
+        scene: Any = scene_of(source["scene"])
+        for kind, question in _questions(scene, rng):
+            row = {**dict.fromkeys(perception.FEATURES), "id": f"{index}-{len(rows['step'])}", **question}
+            row |= {"options": [], "problem_type": FREE_FORM}
+            rows["step"].append(row)
+            if kind == "see":
+                rows["see"].append(row)
+    perception.write_splits(output, rows, f"color_swap, questions to see on, {num_scenes} clips")
+
+
+def _questions(scene: ColorSwapScene, rng: np.random.Generator) -> Iterator[tuple[str, dict[str, Any]]]:
+    clip, thought = (
+        {"bytes": encode_video(frames, scene.fps), "path": None} for frames in (scene.frames(), scene.thought_frames())
+    )
+    names = scene.options
+    yield "see", {"video": clip, "question": START, "answer": names[scene.start]}
+    yield "see", {"video": thought, "question": END, "answer": names[scene.answer_idx]}
+    for kind, signal in zip(("see", "see", "step", "step"), rng.integers(len(scene.swaps), size=4).tolist()):
+        low, high = scene.swaps[signal]
+        if kind == "see":
+            (missing,) = set(range(len(names))) - {low, high}
+            yield kind, {"video": clip, "question": MISSING.format(signal + 1), "answer": names[missing]}
+        else:
+            before = int(rng.integers(len(names)))
+            after = {low: high, high: low}.get(before, before)
+            yield kind, {"video": clip, "question": STEP.format(names[before], signal + 1), "answer": names[after]}
+
+
+# ------------------------------------------------------------------ training
+
+
+def make_base(folder: Path, seed: int) -> None:
+    """A random model just wide enough to learn this, at a scale from which it learns."""
+    (row,) = list_rows(["color_swap"], 1, seed, {"train": 1.0})
+    signals = range(1, MAX_SIGNALS + 1)
+    asked = [row["question"], START, END, *(MISSING.format(one) for one in signals)]
+    asked += [STEP.format(name, one) for name in row["options"] for one in signals]
+    texts = [storms_prompt(question, []) for question in asked] + ["<think>red green blue</think> red"] * 20
+    base, processor = build_tiny_base(
+        seed, num_hidden_layers=4, hidden_size=128, initializer_range=0.08, rope_theta=10.0, texts=texts
+    )
+    # One token for each pair of frames, of which a signal has one.
+    processor.video_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28}
+    model, storms_processor = convert(base, processor, seed=seed)
+    storms_processor.video_processor.num_frames, storms_processor.video_processor.fps = None, 6.0
+    model.save_pretrained(folder)
+    storms_processor.save_pretrained(folder)
+
+
+def train(
+    script: str, start: Path, output: Path, dataset: Path, steps: int, seed: int, flags: Mapping[str, Any]
+) -> None:
+    """One run of a recipe, unless it is done."""
+    if not (output / "training.json").is_file():
+        named = {"model_name_or_path": start, "output_dir": output, "dataset_name": dataset, "max_steps": steps}
+        named |= {"seed": seed, "resume_from_checkpoint": "last", **flags}
+        SCRIPTS[script].main([text for name, value in named.items() for text in (f"--{name}", _text(value))])
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def train_base(root: Path, grid: Mapping[str, Any], seed: int) -> Path:
+    """The model that all arms of a seed start from: it sees, and a block begins for it where answers do."""
+    folder = root / f"seed{seed}"
+    if not (root / "see" / "README.md").is_file():
+        write_base_task(root / "see", grid["num_scenes"])
+    if not (folder / "random" / "config.json").is_file():
+        make_base(folder / "random", seed)
+    start = folder / "random"
+    for split, steps in zip(("see", "step"), grid["see_steps"]):
+        flags = {**grid["training"], "learning_rate": 1e-3, "max_grad_norm": 1.0, "dataset_train_split": split}
+        train("sft", start, folder / split, root / "see", steps, seed, flags)
+        start = folder / split
+    if not (folder / "base" / "config.json").is_file():
+        model = StormsForConditionalGeneration.from_pretrained(start)
+        processor = StormsProcessor.from_pretrained(start)
+        embed_markers_as_newline(model, processor)
+        processor.save_pretrained(folder / "base")
+        model.save_pretrained(folder / "base")
+    return folder / "base"
+
+
+def run_arm(
+    root: Path, grid: Mapping[str, Any], name: str, stages: Sequence[Mapping[str, Any]], swaps: int, seed: int
+) -> dict[str, Any]:
+    """Train one arm and measure it: a record of the results."""
+    folder = root / f"seed{seed}" / f"{swaps} swaps" / name
+    if (folder / "run.json").is_file():
+        return json.loads((folder / "run.json").read_text())
+    start = train_base(root, grid, seed)
+    task = root / f"{swaps} swaps"
+    if not (task / "rows" / "README.md").is_file():
+        write_task(task, swaps, grid["num_rows"], grid["num_answers"])
+    for number, stage in enumerate(stages):
+        own = {key: value for key, value in stage.items() if key not in ("script", "share")}
+        flags = {**grid["training"], **(grid["latent"] if stage["script"] != "sft" else {}), **own}
+        steps = round(grid["max_steps"] * stage.get("share", 1.0))
+        train(stage["script"], start, folder / str(number), task / "rows", steps, seed, flags)
+        start = folder / str(number)
+    record = {"arm": name, "seed": seed, "world": "color_swap", "difficulty": swaps, "steps": grid["max_steps"]}
+    record |= measure(start, task / "rows", stages)
+    (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+# ------------------------------------------------------------------ figures
+
+
+@torch.no_grad()
+def measure(checkpoint: Path, dataset: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Accuracy on held-out clips, what an answer costs and, where states are fed back, what they do.
+
+    Returns:
+        `dict` of `accuracy`, its 95% `interval` (Wilson), `parsed`, `tokens_per_item` (text and slots),
+        `seconds_per_item`, and `interventions` of `swap_latents`.
+    """
+    model = StormsForConditionalGeneration.from_pretrained(checkpoint).eval()
+    collator = StormsCollator(StormsProcessor.from_pretrained(checkpoint))
+    rows: Any = list(load_split(str(dataset), "validation"))
+    options: dict[str, Any] = {"max_new_tokens": 24, "latent_mode": "off"}
+    has_block = stages[-1]["script"] != "sft"
+    is_fed_back = has_block and stages[-1].get("latent_input") != "embedding"
+    if has_block:
+        options["latent_mode"] = "force"
+    if has_block and not is_fed_back:
+        pad = model.get_input_embeddings().weight[model.config.latent_pad_token_id]
+        options["replace_states"] = [pad.expand(model.config.latent_size, -1)] * len(rows)
+    answer_rows(model, collator, rows[:50], batch_size=50, **_first(options, 50))  # warm-up
+    begin = time.perf_counter()
+    answers = answer_rows(model, collator, rows, batch_size=50, **options)
+    seconds = time.perf_counter() - begin
+    right, num = sum(one["is_correct"] for one in answers), len(answers)
+    texts = collator.tokenizer([one["text"] for one in answers])["input_ids"]
+    found: dict[str, Any] = {
+        "accuracy": right / num,
+        "interval": wilson(right, num),
+        "num_answers": num,
+        "parsed": sum(one["is_parsed"] for one in answers) / num,
+        "text_tokens_per_item": sum(len(ids) for ids in texts) / num,
+        "latent_tokens_per_item": sum(one["latent_length"] for one in answers) / num,
+        "seconds_per_item": seconds / num,
+    }
+    if is_fed_back:
+        found["interventions"] = swap_latents(model, collator, rows)
+    return found
+
+
+def _first(options: Mapping[str, Any], num: int) -> dict[str, Any]:
+    return {name: value[:num] if name == "replace_states" else value for name, value in options.items()}
+
+
+def collect(root: Path) -> dict[str, Any]:
+    """The figures of all runs in a folder: `runs`, and by arm the mean of its `interventions`."""
+    runs = [json.loads(path.read_text()) for path in sorted(root.glob("seed*/* swaps/*/run.json"))]
+    interventions: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        if (found := run.pop("interventions", None)) is not None:
+            interventions.setdefault(f"{run['arm']}, {run['difficulty']} swaps", []).append(found)
+    means = {
+        arm: {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+        for arm, found in interventions.items()
+    }
+    return {"command": "python -m recipes.experiments.internalisation", "runs": runs, "interventions": means}
+
+
+def print_table(results: Mapping[str, Any]) -> None:
+    """Accuracy by arm and difficulty, the mean over seeds."""
+    levels = sorted({run["difficulty"] for run in results["runs"]})
+    table = Table("arm", *(f"{level} swaps" for level in levels), "donor followed", title="accuracy, mean of seeds")
+    for arm in dict.fromkeys(run["arm"] for run in results["runs"]):
+        cells = []
+        for level in levels:
+            found = [run["accuracy"] for run in results["runs"] if (run["arm"], run["difficulty"]) == (arm, level)]
+            cells.append(f"{sum(found) / len(found):.1%} ({len(found)})" if found else "")
+        followed = [
+            f"{found['follows_donor']:.0%}"
+            for name, found in results["interventions"].items()
+            if name.rpartition(", ")[0] == arm
+        ]
+        table.add_row(arm, *cells, " ".join(followed))
+    Console().print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    (arguments,) = HfArgumentParser(InternalisationArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    grid = yaml.safe_load(Path(arguments.config).read_text())
+    known = {**grid["arms"], **grid["variants"]}
+    if unknown := set(arguments.arms) - set(known):
+        raise SystemExit(f"Error: --arms: saw {sorted(unknown)}, expected some of {', '.join(known)}.")
+    root = Path(arguments.output)
+    for seed in arguments.seeds or grid["seeds"]:
+        for name in arguments.arms or known:
+            levels = grid["swaps"] if name in grid["arms"] else [grid["variant_swaps"]]
+            for swaps in levels:
+                if swaps in (arguments.swaps or levels):
+                    run_arm(root, grid, name, known[name], swaps, seed)
+    results = collect(root)
+    for path in (root / "internalisation.json", arguments.results):
+        if path is not None:
+            Path(path).write_text(json.dumps(results, indent=2) + "\n")
+    print_table(results)
+    return results
+
+
+if __name__ == "__main__":
+    main()
