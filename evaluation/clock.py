@@ -12,18 +12,20 @@ MODULES = ("vision tower", "projector", "prefill", "latent block", "decode")
 
 
 class ModuleClock:
-    """Adds up the seconds that a model's modules take. On an accelerator each module is waited for.
+    """Adds up the seconds that a model's modules take.
 
     Args:
         model: a STORMS or plain Qwen2.5-VL model.
+        now (`Callable`, *optional*): tells the seconds. By default the wall's clock, after waiting for an accelerator.
 
     Attributes:
         seconds (`dict[str, float]`): of `MODULES`. A decoding step belongs to the latent block if any row of the batch
             is inside of one.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, now: Callable[[], float] | None = None):
         self.model = model
+        self.now = self._now if now is None else now
         self.seconds = dict.fromkeys(MODULES, 0.0)
 
     def take(self) -> dict[str, float]:
@@ -68,8 +70,8 @@ class ModuleClock:
 
     def _watch(self, module: torch.nn.Module, add: Callable[[float], None]) -> list[Any]:
         begun: list[float] = []
-        before = module.register_forward_pre_hook(lambda *_: begun.append(self._now()))
-        return [before, module.register_forward_hook(lambda *_: add(self._now() - begun.pop()))]
+        before = module.register_forward_pre_hook(lambda *_: begun.append(self.now()))
+        return [before, module.register_forward_hook(lambda *_: add(self.now() - begun.pop()))]
 
     def _now(self) -> float:
         if self.model.device.type != "cpu":

@@ -84,7 +84,7 @@ class StormsModel(Qwen2_5_VLModel):
         plus `3 * N * H * b` for the N tokens of width H before reduction. b: bytes of a weight; v and m: hidden and
         intermediate size of the tower; d: numbers in a patch; c, h, a, n: `chunk_size`, heads, `head_dim` and
         `state_size` of the projector. A step of more than P patches is a pass of its own. For the 7B model in bfloat16
-        these are 3.5 GB, 2.1 GB and 21.5 kB a token.
+        these are 3.5 GB, 1.4 GB and 21.5 kB a token.
         """
         return self._encode(super().get_video_features, pixel_values_videos, video_grid_thw, self.reducer, kwargs)
 

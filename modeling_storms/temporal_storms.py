@@ -127,11 +127,11 @@ class TemporalProjectorLayer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, segment_size: int) -> torch.Tensor:
         length = hidden_states.shape[1]
-        if torch.is_grad_enabled() or length <= segment_size:
+        if length <= segment_size:
             normed = self.norm(hidden_states)
             backward = self.backward_mixer(normed.flip(1)).flip(1)
             return hidden_states + self.forward_mixer(normed) + backward
-        # Without gradients, nothing of a segment is needed any more but the state that it ends in.
+        # Nothing of a segment is needed any more but the state that it ends in.
         outputs = hidden_states.clone()
         for mixer in (self.forward_mixer, self.backward_mixer):
             cache = DynamicCache(config=self.config)
@@ -182,26 +182,26 @@ class TemporalProjector(nn.Module):
         Those of one length run together; others can't, as padding would stand before what is scanned backwards.
 
         Args:
-            media (`Sequence[torch.Tensor]`): each `(num_tokens, hidden_size)`, all its steps in order.
-            segment_size (`int`, *optional*): most tokens to scan at once, of all that run together, in multiples of
-                `chunk_size` and at least one; the result is the same. With gradients, which need all of them, it is
+            media (`Sequence[torch.Tensor]`): `(num_tokens, hidden_size)` of each, all its steps in order.
+            segment_size (`int`, *optional*): most tokens to scan at once, but at least `chunk_size`, and those of a
+                longer video in multiples of it; the result is the same. With gradients, which need all of them, it is
                 ignored.
 
         Returns:
-            `list` of `torch.Tensor` of the same shapes.
+            `list[torch.Tensor]` of the same shapes.
         """
-        if segment_size is None:
-            segment_size = sum(len(tokens) for tokens in media)
-        num_chunks = max(segment_size // self.chunk_size, 1)
+        if segment_size is None or torch.is_grad_enabled():
+            segment_size = sum(map(len, media))
+        else:
+            segment_size = max(segment_size // self.chunk_size, 1) * self.chunk_size
         scanned = list(media)
         for length in {len(tokens) for tokens in media}:
-            alike = [index for index, tokens in enumerate(media) if len(tokens) == length]
-            num_together = len(alike) if torch.is_grad_enabled() else num_chunks
-            for first in range(0, len(alike), num_together):
-                chosen = alike[first : first + num_together]
+            same = [index for index, tokens in enumerate(media) if len(tokens) == length]
+            num_fitting = max(segment_size // length, 1)
+            for chosen in (same[begin : begin + num_fitting] for begin in range(0, len(same), num_fitting)):
                 hidden_states = torch.stack([media[index] for index in chosen])
                 for layer in self.layers:
-                    hidden_states = layer(hidden_states, num_chunks // len(chosen) * self.chunk_size)
+                    hidden_states = layer(hidden_states, segment_size)
                 for index, tokens in zip(chosen, hidden_states):
                     scanned[index] = tokens
         return scanned

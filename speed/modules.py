@@ -1,10 +1,11 @@
 """Where a prompt's time goes: vision tower, temporal projector, language model; and what token reduction saves."""
 
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
+
+from evaluation.clock import ModuleClock
 
 from .generation import ANSWER_TOKENS, LATENT_SIZE, NUM_FRAMES, fixed, latent
 from .harness import Bench, Result, Work, beside_floor, goal, summarize
@@ -18,27 +19,6 @@ REDUCTIONS: dict[str, dict[str, int]] = {
     "4x temporal, 2x sampling": {"temporal_pool": 4, "temporal_sampling": 2},
     "16x both": {"temporal_pool": 4, "spatial_pool": 4},
 }
-
-
-@contextmanager
-def module_clock(model: Any, bench: Bench) -> Iterator[dict[str, list[float]]]:
-    """Seconds of every call of vision tower, projector and language model inside the `with` block."""
-    inner = model.model
-    modules = {"vision tower": inner.visual, "projector": inner.temporal_projector, "language": inner.language_model}
-    found: dict[str, list[float]] = {name: [] for name in modules}
-    begun: list[float] = []
-    hooks = []
-    for name, module in modules.items():
-        if module is not None:
-            hooks.append(module.register_forward_pre_hook(lambda *_: begun.append(bench.clock())))
-            hooks.append(
-                module.register_forward_hook(lambda *_, name=name: found[name].append(bench.clock() - begun.pop()))
-            )
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def measure_prefill(bench: Bench) -> list[Result]:
@@ -57,10 +37,12 @@ def _prefill(bench: Bench, name: str, model: Any, batch_size: int) -> list[Resul
     clocks: dict[str, list[float]] = {"vision tower": [], "projector": [], "language": []}
 
     def run() -> None:
-        with module_clock(model, bench) as found:
+        timed = ModuleClock(model, bench.clock)
+        with timed.running() as passes:
             model.generate(**inputs, **fixed(1))
-        for part, seconds in found.items():
-            clocks[part].append(sum(seconds))
+        for part in ("vision tower", "projector"):
+            clocks[part].append(timed.seconds[part])
+        clocks["language"].append(sum(passes))
 
     if not bench.try_out({f"{name}, batch {batch_size}": run}):
         return []
@@ -108,13 +90,11 @@ def _long_video(bench: Bench, name: str, num_frames: int) -> list[Result]:
         clocks[way] = {}
 
     def answer(way: str) -> None:
-        with module_clock(model, bench) as found:
-            model.generate(**{**prompts[way], **REDUCTIONS[way], **latent()})
-        passes = found["language"]
-        parts = {part: sum(found[part]) for part in ("vision tower", "projector")}
-        parts |= {"prefill": passes[0], "latent block": sum(passes[1 : LATENT_SIZE + 2])}
-        parts["decode"] = sum(passes[LATENT_SIZE + 2 :])
-        for part, seconds in parts.items():
+        timed = ModuleClock(model, bench.clock)
+        with timed.running() as passes:
+            sequences = model.generate(**{**prompts[way], **REDUCTIONS[way], **latent()})
+        timed.add_passes(passes, sequences[:, prompts[way]["input_ids"].shape[1] :])
+        for part, seconds in timed.seconds.items():
             clocks[way].setdefault(part, []).append(seconds)
 
     ways: dict[str, Callable[[], Any]] = {way: partial(answer, way) for way in REDUCTIONS}

@@ -54,22 +54,20 @@ def test_scanning_in_segments_changes_nothing(length):
     projector = TemporalProjector(32, {**PROJECTOR, "chunk_size": 4})
     for parameter in projector.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    tokens, widths = torch.randn(length, 32), []
-    expected = projector([tokens])[0]
-    projector.layers[0].forward_mixer.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
-    for segment_size in (1, 8, 11):
-        widths.clear()
-        torch.testing.assert_close(projector([tokens], segment_size)[0], expected, atol=1e-6, rtol=1e-5)
-        assert sum(widths) == length
-        assert max(widths) <= max(segment_size, 4)
-        widths.clear()
-        other = torch.randn(length, 32)  # shares the room
-        torch.testing.assert_close(projector([tokens, other], segment_size)[0], expected, atol=1e-6, rtol=1e-5)
-        assert max(widths) <= max(segment_size // 2, 4)
+    media, shapes = [torch.randn(one, 32) for one in (length, 5, length, 5, length)], []
+    expected = [projector([one])[0] for one in media]
+    mixer = projector.layers[0].forward_mixer
+    mixer.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape[:2]))
+    for segment_size in (1, 8, 11, 20):
+        shapes.clear()
+        for found, other in zip(projector(media, segment_size), expected):
+            torch.testing.assert_close(found, other, atol=1e-6, rtol=1e-5)
+        assert sum(map(math.prod, shapes)) == sum(map(len, media))
+        assert max(map(math.prod, shapes)) <= max(segment_size, 4)
     with torch.enable_grad():  # which a cache between segments would cut
-        widths.clear()
-        torch.testing.assert_close(projector([tokens], 1)[0], expected, atol=1e-6, rtol=1e-5)
-        assert widths == [length]
+        shapes.clear()
+        projector(media, 1)
+        assert sorted(shapes) == [(2, 5), (3, length)]
 
 
 @torch.no_grad()
