@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--rounds", type=int, default=40, help="paired measurements at most (%(default)s)")
     parser.add_argument(
-        "--seconds", type=float, default=30.0, help="no round of a measurement begins later than that (%(default)s)"
+        "--seconds", type=float, default=15.0, help="no round of a measurement begins later than that (%(default)s)"
     )
     parser.add_argument("--output", type=Path, default=Path("speed/results"), help="folder for JSON (%(default)s)")
     parser.add_argument(

@@ -17,7 +17,7 @@ TINIEST = {
     "prefill": ["--model", "tiny", "--batch_sizes", "2"],
     "decode_step": ["--model", "tiny", "--batch_sizes", "2"],
     "train_step": ["--model", "tiny"],
-    "evaluation": [],
+    "evaluation": ["--model", "tiny"],
     "long_video": ["--model", "tiny", "--frames", "8"],
 }
 
@@ -131,17 +131,43 @@ def test_every_workload_is_explained(capsys):
     assert "unknown workload ['nonsense']" in capsys.readouterr().err
 
 
+def committed(workload):
+    return json.loads((ROOT / "speed" / "results" / f"{workload}_cpu.json").read_text())["results"]
+
+
 def test_readme_shows_the_committed_results():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    results = ROOT / "speed" / "results"
-    for result in json.loads((results / "long_video_cpu.json").read_text())["results"]:
+    for result in committed("long_video"):
         share = result["modules"]["projector"] / sum(result["modules"].values())
         figures = f"{result['prefill_ratio']:.2f} | {result['ratio']:.3f} | {100 * share:.0f}%"
         assert f"| {result['model']} | {result['visual_tokens']} | {figures} |" in readme
-    for result in json.loads((results / "off_mode_cpu.json").read_text())["results"]:
+    for result in committed("off_mode"):
         assert f"| {result['model'].split()[0]} | {result['ratio']:.3f} |" in readme
-    for result in json.loads((results / "train_step_cpu.json").read_text())["results"]:
-        assert f"| {result['model']} | {result['ratio']:.3f} |" in readme
-    for result in json.loads((results / "decode_cpu.json").read_text())["results"]:
+    for result in committed("train_step"):
+        if result["model"] not in ("small, sft", "small, sft, checkpointed"):
+            assert f"| {result['model']} | {result['ratio']:.3f} | {result['memory_ratio']:.2f} |" in readme
+    for result in committed("decode"):
         assert f"| {result['video']} | {result['ratio']:.3f} |" in readme
         assert result["ratio"] >= 0.9
+    for result in committed("builder"):
+        assert f"| {result['model']} | {result['ratio']:.2f} |" in readme
+    # Ways by batch size, each against direct.
+    ratios = {}
+    for result in committed("answer"):
+        _, batch, way = result["model"].split(", ", 2)
+        ratios.setdefault(way, {})[batch] = f"{result['ratio']:.2f}"
+    for way, columns in ratios.items():
+        assert list(columns) == ["batch 1", "batch 8", "batch 32"]
+        assert f"| {way} | {' | '.join(columns.values())} |" in readme
+
+    (memory,) = {f"{result['memory_of_formula']:.2f}" for result in committed("latent_size")}
+    assert f"Memory of a latent answer is {memory} times its formula" in readme
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_readme_tells_which_goals_are_reached(workload):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for result in committed(workload):
+        if goal := result.get("goal"):
+            figures = f"{goal['what']} | {goal['value']:.2f} | {'reached' if goal['reached'] else 'not reached'}"
+            assert f"| `{workload}` | {result['model']} | {figures} |" in readme

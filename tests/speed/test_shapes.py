@@ -99,6 +99,19 @@ def test_works_of_an_answer_grow_by_a_step_for_each_token(model):
     assert [one.bytes for one in more[2:]] == [decode_work(model.config, 50 + n, 1, 4).bytes for n in range(4)]
 
 
+def test_what_the_shapes_say_in_the_readme():
+    peaks, config = Peaks(bandwidth=4.3e12, flops=790e12, dtype="bfloat16"), make_config("7b")
+    prompt = video_inputs("7b", 32)
+    assert int((prompt["input_ids"] == config.video_token_id).sum()) == 4096
+
+    def floor(new_tokens, batch_size=1):
+        grids, length = prompt["video_grid_thw"].tolist(), prompt["input_ids"].shape[1]
+        return sum(work.floor(peaks) for work in answer_works(config, grids, length, new_tokens, batch_size, 2))
+
+    assert [f"{floor(18, size) / floor(8, size):.2f}" for size in (1, 8, 32)] == ["1.27", "1.05", "1.02"]
+    assert f"{floor(520) / floor(18):.1f}" == "11.7"
+
+
 @pytest.mark.parametrize(("name", "num_weights"), [("3b", 3_754_622_976), ("7b", 8_292_166_656)])
 def test_sizes_are_those_of_the_releases(name, num_weights):
     with torch.device("meta"):
