@@ -121,7 +121,7 @@ def decode_video(
     except Exception as error:
         # decord raises its own class on bad packets and RuntimeError elsewhere; neither says how far it got.
         raise VideoDecodeError(
-            f"{name}: only about {_count_decodable(source, name)} of {len(reader)} frames decode, then "
+            f"{name}: only {_count_decodable(source, name)} of {len(reader)} frames decode, then "
             "decord can't go on. Re-encode the file (ffmpeg -i IN -c:v libx264 OUT.mp4) or leave it out."
         ) from error
     metadata.frames_indices = indices.tolist()

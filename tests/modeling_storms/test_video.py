@@ -248,6 +248,6 @@ class TestRealClips:
 
     def test_broken_data_says_how_many_frames_decode(self, real_clips):
         with pytest.raises(
-            VideoDecodeError, match=r"corrupted\.mp4: only about 2[5-8] of 50 frames decode.*Re-encode"
+            VideoDecodeError, match=r"corrupted\.mp4: only 2[5-8] of 50 frames decode.*Re-encode"
         ):
             decode_video(real_clips / "edge_cases/corrupted.mp4")
