@@ -85,12 +85,12 @@ def with_reduction(model, processor, projector=None, **reduction):
     config.temporal_projector = projector
     for name, value in reduction.items():
         setattr(config, name, value)
+    torch.manual_seed(2)  # for the new projector, too
     changed = StormsForConditionalGeneration(config).eval()
     found = changed.load_state_dict(model.state_dict(), strict=False)
     assert not found.unexpected_keys
     assert all("temporal_projector" in name for name in found.missing_keys)
     changed.generation_config = copy.deepcopy(model.generation_config)
-    torch.manual_seed(2)
     for parameter in changed.model.temporal_projector.parameters() if projector else ():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     own = copy.deepcopy(processor)

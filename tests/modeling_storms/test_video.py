@@ -247,7 +247,5 @@ class TestRealClips:
             assert int(np.argmin(errors)) == index
 
     def test_broken_data_says_how_many_frames_decode(self, real_clips):
-        with pytest.raises(
-            VideoDecodeError, match=r"corrupted\.mp4: only 2[5-8] of 50 frames decode.*Re-encode"
-        ):
+        with pytest.raises(VideoDecodeError, match=r"corrupted\.mp4: only 2[5-8] of 50 frames decode.*Re-encode"):
             decode_video(real_clips / "edge_cases/corrupted.mp4")
