@@ -116,8 +116,8 @@ class Files:
         return tuple(self._take(f"{folder}/{name}", by_name[name]) for name in sorted(by_name))
 
     def _take(self, path: str, found: list[_Place]) -> str:
-        # A loose file before an archive's, and the one that is the least deep.
-        ranked = sorted(found, key=lambda place: (place.archive is not None, len(place.parts), str(place.path)))
+        # The one that is the least deep; of equals a loose file before an archive's.
+        ranked = sorted(found, key=lambda place: (len(place.parts), place.archive is not None, str(place.path)))
         place = ranked[0]
         for other in ranked[1:]:
             is_equal_rank = (other.archive is None, len(other.parts)) == (place.archive is None, len(place.parts))
@@ -126,6 +126,8 @@ class Files:
                     f"{self.root}: {path!r} may be {'/'.join(place.parts)} or {'/'.join(other.parts)}, which differ. "
                     "Leave one of them there."
                 )
+        if place.archive is not None:  # unless it has been unpacked into a folder already
+            place = next((one for one in ranked if one.archive is None and one.size == place.size), place)
         if place.archive is not None:
             self._waiting[str(place.path)] = place
         return str(place.path)

@@ -20,8 +20,6 @@ VARIANTS = {
     "reduced": REDUCED,
     "both": {"projector": PROJECTOR, "temporal_pool": 3, "spatial_pool": 4, "pool_images": True},
 }
-# Seeds of `eager_to` with which rows open their blocks at different steps.
-EPISODE_SEEDS = {"plain": 3, "projector": 3, "reduced": 3, "both": 78}
 MIXED = ("video", "short", "both", "image")  # videos of different lengths and sizes, with and without an image
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from modeling_storms.latent_storms import RolloutLayout, StormsOutput
 
-from .conftest import EPISODE_SEEDS, eager_to, latent_ids, one_grid_step, same_weights, variants
+from .conftest import eager_to, latent_ids, one_grid_step, same_weights, variants
 from .reference import recompute, single_rows
 from .test_generate import STATE_TOLERANCE
 
@@ -70,9 +70,9 @@ KINDS = ("video", "text", "both", "image", "text", "short", "text", "image")
 
 
 @pytest.fixture
-def episode(model, prompts, variant):
+def episode(model, prompts):
     """Rows that open at different steps, some never, some twice, one cut off inside its block; and the model."""
-    eager_to(model, start=0.4, end=0.4, seed=EPISODE_SEEDS[variant])
+    eager_to(model, start=0.4, end=0.4, seed=3)
     inputs = prompts(*KINDS)
     out = model.generate(
         **inputs,
@@ -82,8 +82,8 @@ def episode(model, prompts, variant):
         max_latent_blocks=2,
         return_dict_in_generate=True,
     )
-    assert len(set(out.latent_stop_reasons)) > 1
-    assert len(set(out.latent_lengths.tolist())) > 1
+    assert {"none", "token", "length"} <= set(out.latent_stop_reasons)
+    assert len(set(out.latent_lengths.tolist())) > 2
     return model, inputs, out
 
 
