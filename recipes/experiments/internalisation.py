@@ -148,6 +148,8 @@ def make_base(folder: Path, seed: int) -> None:
     processor.video_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28}
     model, storms_processor = convert(base, processor, seed=seed)
     storms_processor.video_processor.num_frames, storms_processor.video_processor.fps = None, 6.0
+    # One position for each of them, as a slot has: the way from a slot to its signal is then the same for all.
+    model.config.vision_config.tokens_per_second = 3
     model.save_pretrained(folder)
     storms_processor.save_pretrained(folder)
 
@@ -200,7 +202,8 @@ def run_arm(
         write_task(task, swaps, grid["num_rows"], grid["num_answers"])
     for number, stage in enumerate(stages):
         own = {key: value for key, value in stage.items() if key not in ("script", "share")}
-        flags = {**grid["training"], **(grid["latent"] if stage["script"] != "sft" else {}), **own}
+        block = {"latent_size": swaps + 2} if stage["script"] != "sft" else {}  # a slot for each segment of the clip
+        flags = {**grid["training"], **block, **own}
         steps = round(grid["max_steps"] * stage.get("share", 1.0))
         train(stage["script"], start, folder / str(number), task / "rows", steps, seed, flags)
         start = folder / str(number)
