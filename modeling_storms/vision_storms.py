@@ -89,6 +89,15 @@ class StormsVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
             block.attn = StormsVisionAttention(config)
         self.post_init()
 
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """The tower has none. Were it to name one, as the plain tower does, activation checkpointing would make that
+        one's output require gradients, and a frozen tower would be differentiated in every step, to no end.
+
+        Raises:
+            NotImplementedError: always; transformers then leaves the tower alone.
+        """
+        raise NotImplementedError("A vision tower reads pixels and has no input embeddings.")
+
     def forward(self, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs: Any) -> Any:
         """As the plain tower's."""
         if self.config._attn_implementation == "sdpa":

@@ -437,6 +437,22 @@ class TestInvariance:
         passes = 1 if name in ("sft", "stage1") else 2 + (options.get("latent_size", 3) or 12)
         assert len(calls) == 2 * 2 * passes, "each pass of the two steps runs a second time in its backward"
 
+    @pytest.mark.parametrize("trainable", ["llm", "all", "lora"])
+    def test_checkpointing_differentiates_the_tower_only_where_it_trains(self, build, trainable):
+        found = []
+        for checkpointing in (False, True):
+            options = (
+                {"model_options": {"use_peft": True, "lora_dropout": 0.0}}
+                if trainable == "lora"
+                else {"trainable": trainable}
+            )
+            trainer, seen = build("sft", max_steps=1, gradient_checkpointing=checkpointing, **options), []
+            tower = trainer._backbone(trainer.model).model.visual
+            tower.register_forward_hook(lambda module, args, output: seen.append(output.pooler_output.requires_grad))
+            found.append(train(trainer))
+            assert seen == [trainable == "all"]
+        self.assert_same(*found)
+
     @pytest.mark.parametrize("name", ["stage1", "stage2-bottleneck"])
     def test_bf16_stays_near(self, build, outcome, name):
         """bfloat16 keeps 8 bits, 0.4%: losses were seen to differ by 0.3%, gradients by 2%."""
