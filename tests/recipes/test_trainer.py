@@ -448,7 +448,9 @@ class TestInvariance:
             )
             trainer, seen = build("sft", max_steps=1, gradient_checkpointing=checkpointing, **options), []
             tower = trainer._backbone(trainer.model).model.visual
-            tower.register_forward_hook(lambda module, args, output: seen.append(output.pooler_output.requires_grad))
+            tower.register_forward_hook(
+                lambda module, args, output, seen=seen: seen.append(output.pooler_output.requires_grad)
+            )
             found.append(train(trainer))
             assert seen == [trainable == "all"]
         self.assert_same(*found)
