@@ -1,7 +1,8 @@
 """Models by size, with random weights, and what their shapes say about the work of an answer.
 
-`tiny`, `small` and `narrow` are for CPUs; `3b` and `7b` have the shapes of Qwen2.5-VL's releases, and are made on the
-device in its own precision: nothing is downloaded. Figures do not depend on what weights hold.
+`tiny`, `small`, `narrow` and `eighth` (the 3B model's depths and proportions at an eighth of its widths) are for CPUs;
+`3b` and `7b` have the shapes of Qwen2.5-VL's releases, and are made on the device in its own precision: nothing is
+downloaded. Figures do not depend on what weights hold.
 """
 
 import copy
@@ -81,6 +82,26 @@ SIZES = {
         },
         {"out_hidden_size": 512},
         (140, 196),
+    ),
+    "eighth": Size(
+        {
+            "hidden_size": 256,
+            "intermediate_size": 1376,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+        },
+        {
+            "depth": 32,
+            "hidden_size": 160,
+            "intermediate_size": 428,
+            "num_heads": 4,
+            "out_hidden_size": 256,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+        (140, 196),
+        tied=True,
     ),
     "3b": _released(2048, 11008, 36, 16, 2, 151936),
     "7b": _released(3584, 18944, 28, 28, 4, 152064),
