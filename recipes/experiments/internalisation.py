@@ -64,13 +64,18 @@ class InternalisationArguments:
 # ------------------------------------------------------------------ data
 
 
-def write_task(output: Path, num_swaps: int, num_rows: int, num_answers: int) -> None:
-    """Clips of one difficulty, built by `dataset_builder`, with answers in words.
+def write_task(root: Path, grid: Mapping[str, Any], num_swaps: int) -> Path:
+    """Clips of one difficulty, built by `dataset_builder` unless they are there, with answers in words.
 
-    Splits are `train`, `validation`, `chain` (each state written out before the answer) and `shuffled` (another row's
-    thought video).
+    Returns:
+        A dataset's folder. Splits are `train`, `validation`, `chain` (each state written out before the answer) and
+        `shuffled` (another row's thought video).
     """
-    total, built = num_rows + num_answers, output / "built"
+    output = root / f"{num_swaps} swaps" / "rows"
+    if (output / "README.md").is_file():
+        return output
+    num_answers, built = grid["num_answers"], output.with_name("built")
+    total = grid["num_rows"] + num_answers
     world = ["--source", "simulated", "--world", "color_swap", "--num_rows", str(total), "--seed", str(num_swaps)]
     dials = ["--dials", f"color_swap.num_swaps={num_swaps}", "color_swap.frames_per_swap=4"]
     splits = ["--validation_fraction", str(num_answers / total), "--test_fraction", "0"]
@@ -81,19 +86,21 @@ def write_task(output: Path, num_swaps: int, num_rows: int, num_answers: int) ->
             {**row, "options": [], "answer": row["options"][LETTERS.index(row["answer"])], "problem_type": FREE_FORM}
             for row in load_split(str(built), split)
         ]
-    chains = {row["id"]: row["reasoning_plan"] for row in rows["train"]}
-    rows["chain"] = [{**row, "answer": f"{_chain(chains[row['id']])} {row['answer']}"} for row in rows["train"]]
+    rows["chain"] = [
+        {**row, "answer": f"<think>{' '.join(_chain(row['reasoning_plan']))}</think> {row['answer']}"}
+        for row in rows["train"]
+    ]
     thoughts = [row["thought_video"] for row in rows["train"]]
     order = np.random.default_rng(num_swaps).permutation(len(thoughts))
     rows["shuffled"] = [{**row, "thought_video": thoughts[other]} for row, other in zip(rows["train"], order)]
-    perception.write_splits(output / "rows", rows, f"color_swap, {num_swaps} signals, {total} clips", FEATURES)
+    perception.write_splits(output, rows, f"color_swap, {num_swaps} signals, {total} clips", FEATURES)
+    return output
 
 
-def _chain(plan: str) -> str:
-    """The lamp's colours in a plan, one after another."""
+def _chain(plan: str) -> list[str]:
+    """The lamp's colours in a plan, one after another: at the start, then after each signal."""
     words = plan.replace(";", " ").replace(".", " ").replace(",", " ").split()
-    states = [after for before, after in pairwise(words) if before in ("starts", "lamp") and after != "starts"]
-    return f"<think>{' '.join(states)}</think>"
+    return [after for before, after in pairwise(words) if before in ("starts", "lamp") and after != "starts"]
 
 
 def write_base_task(output: Path, num_scenes: int) -> None:
@@ -197,18 +204,20 @@ def run_arm(
     if (folder / "run.json").is_file():
         return json.loads((folder / "run.json").read_text())
     start = train_base(root, grid, seed)
-    task = root / f"{swaps} swaps"
-    if not (task / "rows" / "README.md").is_file():
-        write_task(task, swaps, grid["num_rows"], grid["num_answers"])
+    task = write_task(root, grid, swaps)
     for number, stage in enumerate(stages):
         own = {key: value for key, value in stage.items() if key not in ("script", "share")}
         block = {"latent_size": swaps + 2} if stage["script"] != "sft" else {}  # a slot for each segment of the clip
         flags = {**grid["training"], **block, **own}
         steps = round(grid["max_steps"] * stage.get("share", 1.0))
-        train(stage["script"], start, folder / str(number), task / "rows", steps, seed, flags)
+        train(stage["script"], start, folder / str(number), task, steps, seed, flags)
         start = folder / str(number)
     record = {"arm": name, "seed": seed, "world": "color_swap", "difficulty": swaps, "steps": grid["max_steps"]}
-    record |= measure(start, task / "rows", stages)
+    record |= measure(start, task, stages, swaps)
+    if swaps == grid["variant_swaps"]:  # longer chains than it was trained on, too
+        for more in (level for level in grid["swaps"] if level > swaps):
+            longer = measure(start, write_task(root, grid, more), stages, more, is_brief=True)
+            record.setdefault("more_swaps", {})[str(more)] = {name: longer[name] for name in ("accuracy", "interval")}
     (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n")
     return record
 
@@ -217,24 +226,27 @@ def run_arm(
 
 
 @torch.no_grad()
-def measure(checkpoint: Path, dataset: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Accuracy on held-out clips, what an answer costs and, where states are fed back, what they do.
+def measure(
+    checkpoint: Path, dataset: Path, stages: Sequence[Mapping[str, Any]], swaps: int, is_brief: bool = False
+) -> dict[str, Any]:
+    """Accuracy on held-out clips, what an answer costs and, where states are fed back, what they do and hold.
 
     Returns:
-        `dict` of `accuracy`, its 95% `interval` (Wilson), `parsed`, `tokens_per_item` (text and slots),
-        `seconds_per_item`, and `interventions` of `swap_latents`.
+        `dict` of `accuracy`, its 95% `interval` (Wilson), `parsed`, `text_tokens_per_item`, `latent_tokens_per_item`
+        and `seconds_per_item`; unless `is_brief`, also `interventions` of `swap_latents` and `probes` of
+        `probe_states`.
     """
     model = StormsForConditionalGeneration.from_pretrained(checkpoint).eval()
     collator = StormsCollator(StormsProcessor.from_pretrained(checkpoint))
     rows: Any = list(load_split(str(dataset), "validation"))
-    options: dict[str, Any] = {"max_new_tokens": 24, "latent_mode": "off"}
+    options: dict[str, Any] = {"max_new_tokens": 32, "latent_mode": "off"}
     has_block = stages[-1]["script"] != "sft"
     is_fed_back = has_block and stages[-1].get("latent_input") != "embedding"
     if has_block:
-        options["latent_mode"] = "force"
+        options |= {"latent_mode": "force", "latent_size": stages[-1].get("latent_size", swaps + 2)}
     if has_block and not is_fed_back:
         pad = model.get_input_embeddings().weight[model.config.latent_pad_token_id]
-        options["replace_states"] = [pad.expand(model.config.latent_size, -1)] * len(rows)
+        options["replace_states"] = [pad.expand(options["latent_size"], -1)] * len(rows)
     answer_rows(model, collator, rows[:50], batch_size=50, **_first(options, 50))  # warm-up
     begin = time.perf_counter()
     answers = answer_rows(model, collator, rows, batch_size=50, **options)
@@ -250,9 +262,33 @@ def measure(checkpoint: Path, dataset: Path, stages: Sequence[Mapping[str, Any]]
         "latent_tokens_per_item": sum(one["latent_length"] for one in answers) / num,
         "seconds_per_item": seconds / num,
     }
-    if is_fed_back:
+    if is_fed_back and not is_brief:
         found["interventions"] = swap_latents(model, collator, rows)
+        states = torch.stack([one["latent_states"] for one in answers])
+        found["probes"] = probe_states(states.numpy(), [_chain(row["reasoning_plan"]) for row in rows])
     return found
+
+
+def probe_states(states: np.ndarray, chains: Sequence[Sequence[str]]) -> list[list[float]]:
+    """Does slot k know the lamp's colour at time k? What a linear classifier reads from slots, cross-validated.
+
+    Args:
+        states (`np.ndarray`): `(num_rows, num_slots, hidden_size)`.
+        chains (`Sequence[Sequence[str]]`): of each row the colour at the start and after each signal.
+
+    Returns:
+        Accuracy by slot and time, `num_slots` lists of as many numbers as a chain has colours.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    return [
+        [float(cross_val_score(classifier, states[:, slot], colors, cv=5).mean()) for colors in zip(*chains)]
+        for slot in range(states.shape[1])
+    ]
 
 
 def _first(options: Mapping[str, Any], num: int) -> dict[str, Any]:
@@ -291,6 +327,32 @@ def print_table(results: Mapping[str, Any]) -> None:
     Console().print(table)
 
 
+def plot(results: Mapping[str, Any], path: Path) -> None:
+    """Accuracy over difficulty, a line for each arm that has several: the mean of its seeds, and each of them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for arm in dict.fromkeys(run["arm"] for run in results["runs"]):
+        found: dict[int, list[float]] = {}
+        for run in results["runs"]:
+            if run["arm"] == arm:
+                found.setdefault(run["difficulty"], []).append(run["accuracy"])
+        if len(found) > 1:
+            levels = sorted(found)
+            (line,) = axes.plot(levels, [sum(found[one]) / len(found[one]) for one in levels], label=arm)
+            for level in levels:
+                axes.plot([level] * len(found[level]), found[level], ".", color=line.get_color())
+    axes.axhline(1 / 3, color="grey", linestyle=":", label="guessing")
+    axes.set(xlabel="signals (state changes)", ylabel="accuracy on held-out clips", ylim=(0, 1.02))
+    axes.set_xticks(sorted({run["difficulty"] for run in results["runs"]}))
+    axes.legend(loc="lower left", fontsize=8)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     (arguments,) = HfArgumentParser(InternalisationArguments, description=__doc__).parse_args_into_dataclasses(argv)
     grid = yaml.safe_load(Path(arguments.config).read_text())
@@ -308,6 +370,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for path in (root / "internalisation.json", arguments.results):
         if path is not None:
             Path(path).write_text(json.dumps(results, indent=2) + "\n")
+            plot(results, Path(path).with_suffix(".png"))
     print_table(results)
     return results
 

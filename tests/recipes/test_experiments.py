@@ -130,7 +130,7 @@ def test_the_experiment_on_latents_runs_whole_and_repeats_nothing(tmp_path):
     argv = ["--output", str(tmp_path / "out"), "--config", str(tmp_path / "grid.yaml"), "--arms", *arms]
     results = internalisation.main(argv)
     assert {run["arm"]: round(run["latent_tokens_per_item"]) for run in results["runs"]} == {
-        **dict.fromkeys(arms, 8),
+        **dict.fromkeys(arms, 4),
         "sft": 0,
         "chain of thought": 0,
     }
