@@ -164,6 +164,20 @@ def test_the_projectors_experiment_runs_whole_and_arms_see_equally_many_tokens(t
         assert shown | {row["answer"]} == {"red", "green", "blue"}
 
 
+def test_the_projectors_figures_that_are_shown_were_measured():
+    found = json.loads((Path(long_video.__file__).parent / "results" / "long_video.json").read_text())["runs"]
+    readme = (Path(long_video.__file__).parents[2] / "README.md").read_text()
+    shown = {(run["world"], run["seed"]): [] for run in found}
+    for run in found:  # in the order of the arms
+        low, high = run["interval"]
+        shown[run["world"], run["seed"]].append(f"{run['accuracy']:.1%} ({low:.1%} to {high:.1%})")
+    for (world, seed), (without, with_projector) in shown.items():
+        assert f"| {world} | {seed} | {without} | {with_projector} |" in readme
+    without, with_projector = ([run["accuracy"] for run in found if run["arm"] == arm] for arm in long_video.ARMS)
+    assert sum(one > other for one, other in zip(with_projector, without)) == 5
+    assert all(one >= other for one, other in zip(with_projector, without))
+
+
 def test_solvers_agree_where_they_must(model, processor):
     rows, collator = make_rows(3), StormsCollator(processor, latent_size=3)
     sequential, first, last = compare_solvers(model, collator, rows, (1, 3), latent_size=3, max_new_tokens=4)
