@@ -17,7 +17,7 @@ gate: $(VENV)/ready ## train a tiny model that learns, and put its latents on tr
 	$(BIN)/python -m recipes.experiments.gate $(ARGS)
 
 # Two processes, or four where there are more cores: each takes about 2 GB.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 20
 
 test: $(VENV)/ready ## everything but tests marked slow or gpu
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)
