@@ -356,12 +356,14 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     (arguments,) = HfArgumentParser(InternalisationArguments, description=__doc__).parse_args_into_dataclasses(argv)
     grid = yaml.safe_load(Path(arguments.config).read_text())
-    known = {**grid["arms"], **grid["variants"]}
+    known = {**grid["arms"], **grid["ablations"], **grid["variants"]}
     if unknown := set(arguments.arms) - set(known):
         raise SystemExit(f"Error: --arms: saw {sorted(unknown)}, expected some of {', '.join(known)}.")
     root = Path(arguments.output)
     for seed in arguments.seeds or grid["seeds"]:
         for name in arguments.arms or known:
+            if not arguments.arms and name in grid["variants"] and seed != grid["seeds"][0]:
+                continue
             levels = grid["swaps"] if name in grid["arms"] else [grid["variant_swaps"]]
             for swaps in levels:
                 if swaps in (arguments.swaps or levels):
