@@ -12,6 +12,7 @@ may share one folder, each with other `--seeds` or `--arms`; each command writes
 """
 
 import json
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ from recipes.init_checkpoint import build_tiny_base, convert, embed_markers_as_n
 
 
 SCRIPTS = {"sft": sft, "stage1": stage1, "stage2": stage2}
+COMPARED = ("sft", "chain of thought", "full")  # in seconds
 MAX_SIGNALS = 8  # in the clips that the base learns to see on
 START = "Which colour does the lamp have at the start?"
 MISSING = "Which colour is missing in signal {}?"
@@ -232,25 +234,12 @@ def measure(
     """Accuracy on held-out clips, what an answer costs and, where states are fed back, what they do and hold.
 
     Returns:
-        `dict` of `accuracy`, its 95% `interval` (Wilson), `parsed`, `text_tokens_per_item`, `latent_tokens_per_item`
-        and `seconds_per_item`; unless `is_brief`, also `interventions` of `swap_latents` and `probes` of
+        `dict` of `accuracy`, its 95% `interval` (Wilson), `parsed`, `text_tokens_per_item` and
+        `latent_tokens_per_item`; unless `is_brief`, also `interventions` of `swap_latents` and `probes` of
         `probe_states`.
     """
-    model = StormsForConditionalGeneration.from_pretrained(checkpoint).eval()
-    collator = StormsCollator(StormsProcessor.from_pretrained(checkpoint))
-    rows: Any = list(load_split(str(dataset), "validation"))
-    options: dict[str, Any] = {"max_new_tokens": 32, "latent_mode": "off"}
-    has_block = stages[-1]["script"] != "sft"
-    is_fed_back = has_block and stages[-1].get("latent_input") != "embedding"
-    if has_block:
-        options |= {"latent_mode": "force", "latent_size": stages[-1].get("latent_size", swaps + 2)}
-    if has_block and not is_fed_back:
-        pad = model.get_input_embeddings().weight[model.config.latent_pad_token_id]
-        options["replace_states"] = [pad.expand(options["latent_size"], -1)] * len(rows)
-    answer_rows(model, collator, rows[:50], batch_size=50, **_first(options, 50))  # warm-up
-    begin = time.perf_counter()
+    model, collator, rows, options = _ready_to_answer(checkpoint, dataset, stages, swaps)
     answers = answer_rows(model, collator, rows, batch_size=50, **options)
-    seconds = time.perf_counter() - begin
     right, num = sum(one["is_correct"] for one in answers), len(answers)
     texts = collator.tokenizer([one["text"] for one in answers])["input_ids"]
     found: dict[str, Any] = {
@@ -260,9 +249,8 @@ def measure(
         "parsed": sum(one["is_parsed"] for one in answers) / num,
         "text_tokens_per_item": sum(len(ids) for ids in texts) / num,
         "latent_tokens_per_item": sum(one["latent_length"] for one in answers) / num,
-        "seconds_per_item": seconds / num,
     }
-    if is_fed_back and not is_brief:
+    if _is_fed_back(stages) and not is_brief:
         found["interventions"] = swap_latents(model, collator, rows)
         states = torch.stack([one["latent_states"] for one in answers])
         found["probes"] = probe_states(states.numpy(), [_chain(row["reasoning_plan"]) for row in rows])
@@ -291,8 +279,39 @@ def probe_states(states: np.ndarray, chains: Sequence[Sequence[str]]) -> list[li
     ]
 
 
-def _first(options: Mapping[str, Any], num: int) -> dict[str, Any]:
-    return {name: value[:num] if name == "replace_states" else value for name, value in options.items()}
+def _is_fed_back(stages: Sequence[Mapping[str, Any]]) -> bool:
+    return stages[-1]["script"] != "sft" and stages[-1].get("latent_input") != "embedding"
+
+
+def _ready_to_answer(checkpoint: Path, dataset: Path, stages: Sequence[Mapping[str, Any]], swaps: int) -> Any:
+    """An arm's model, collator and held-out rows, and how `answer_rows` lets it answer."""
+    model = StormsForConditionalGeneration.from_pretrained(checkpoint).eval()
+    collator = StormsCollator(StormsProcessor.from_pretrained(checkpoint))
+    rows: Any = list(load_split(str(dataset), "validation"))
+    options: dict[str, Any] = {"max_new_tokens": 32, "latent_mode": "off"}
+    if stages[-1]["script"] != "sft":
+        options |= {"latent_mode": "force", "latent_size": stages[-1].get("latent_size", swaps + 2)}
+        if not _is_fed_back(stages):
+            pad = model.get_input_embeddings().weight[model.config.latent_pad_token_id]
+            options["replace_states"] = [pad.expand(options["latent_size"], -1)] * len(rows)
+    return model, collator, rows, options
+
+
+def measure_cost(root: Path, grid: Mapping[str, Any], rounds: int = 5) -> dict[str, float]:
+    """Seconds an item of the arms in `COMPARED` that are trained, one item at a time, in turns: medians of rounds."""
+    swaps, ready = grid["variant_swaps"], {}
+    for name in COMPARED:
+        stages = (grid["arms"] | grid["ablations"])[name]
+        checkpoint = root / f"seed{grid['seeds'][0]}" / f"{swaps} swaps" / name / str(len(stages) - 1)
+        if (checkpoint / "training.json").is_file():
+            ready[name] = _ready_to_answer(checkpoint, write_task(root, grid, swaps), stages, swaps)
+    seconds: dict[str, list[float]] = {name: [] for name in ready}
+    for _ in range(rounds + 1):  # the first is the warm-up
+        for name, (model, collator, rows, options) in ready.items():
+            begin = time.perf_counter()
+            answer_rows(model, collator, rows[:10], batch_size=1, **options)
+            seconds[name].append((time.perf_counter() - begin) / 10)
+    return {name: statistics.median(found[1:]) for name, found in seconds.items()}
 
 
 def collect(root: Path) -> dict[str, Any]:
@@ -368,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             for swaps in levels:
                 if swaps in (arguments.swaps or levels):
                     run_arm(root, grid, name, known[name], swaps, seed)
-    results = collect(root)
+    results = {**collect(root), "seconds_per_item": measure_cost(root, grid)}
     for path in (root / "internalisation.json", arguments.results):
         if path is not None:
             Path(path).write_text(json.dumps(results, indent=2) + "\n")

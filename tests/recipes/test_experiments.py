@@ -123,11 +123,20 @@ def test_questions_to_see_on_have_right_answers(tmp_path):
 @pytest.mark.slow
 def test_the_experiment_on_latents_runs_whole_and_repeats_nothing(tmp_path):
     grid = yaml.safe_load(Path(internalisation.__file__).with_suffix(".yaml").read_text())
-    grid |= {"num_rows": 8, "num_answers": 6, "num_scenes": 4, "see_steps": [1, 1], "max_steps": 2, "seeds": [0]}
-    grid |= {"swaps": [2], "variant_swaps": 2}
+    grid |= {"num_rows": 8, "num_answers": 24, "num_scenes": 4, "see_steps": [1, 1], "max_steps": 2, "seeds": [0]}
+    grid |= {"swaps": [2, 3], "variant_swaps": 2}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
     arms = ["sft", "pause tokens", "chain of thought", "full", "full, shuffled targets"]
-    argv = ["--output", str(tmp_path / "out"), "--config", str(tmp_path / "grid.yaml"), "--arms", *arms]
+    argv = [
+        "--output",
+        str(tmp_path / "out"),
+        "--config",
+        str(tmp_path / "grid.yaml"),
+        "--swaps",
+        "2",
+        "--arms",
+        *arms,
+    ]
     results = internalisation.main(argv)
     assert {run["arm"]: round(run["latent_tokens_per_item"]) for run in results["runs"]} == {
         **dict.fromkeys(arms, 4),
@@ -136,7 +145,14 @@ def test_the_experiment_on_latents_runs_whole_and_repeats_nothing(tmp_path):
     }
     assert set(results["interventions"]) == {"full, 2 swaps", "full, shuffled targets, 2 swaps"}
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
-    assert internalisation.main(argv) == results
+    seconds = results.pop("seconds_per_item")
+    assert list(seconds) == ["sft", "chain of thought", "full"]
+    again = internalisation.main(argv)
+    assert all(one > 0 for one in again.pop("seconds_per_item").values())
+    assert again == results
+    (full,) = (run for run in results["runs"] if run["arm"] == "full")
+    assert [len(accuracies) for accuracies in full["probes"]] == [3] * 4  # times by slots
+    assert all(0 <= one <= 1 for accuracies in full["probes"] for one in accuracies)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")} == before
     # What the chain says are the lamp's colours; what is shuffled is another row's thought video, of the same row.
     rows = {
@@ -176,6 +192,16 @@ def test_the_projectors_figures_that_are_shown_were_measured():
     without, with_projector = ([run["accuracy"] for run in found if run["arm"] == arm] for arm in long_video.ARMS)
     assert sum(one > other for one, other in zip(with_projector, without)) == 5
     assert all(one >= other for one, other in zip(with_projector, without))
+
+
+def test_probes_find_what_a_slot_holds_and_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    colors = torch.randint(3, (200, 2), generator=generator)
+    states = torch.randn(200, 2, 6, generator=generator)
+    states[:, 0, :3] += 5 * torch.nn.functional.one_hot(colors[:, 1], 3)  # slot 0 knows the second colour
+    found = internalisation.probe_states(states.numpy(), [["rgb"[one] for one in row] for row in colors.tolist()])
+    assert found[0][1] > 0.95
+    assert all(found[slot][time] < 0.5 for slot, time in ((0, 0), (1, 0), (1, 1)))
 
 
 def test_solvers_agree_where_they_must(model, processor):
