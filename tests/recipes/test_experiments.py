@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import load_dataset
 
 from dataset_builder.schema import LETTERS
 from dataset_builder.sources.simulated import list_rows, scene_of
@@ -27,7 +26,7 @@ from .tiny_runs import make_rows, make_trainer
 def perception(tmp_path_factory):
     folder = tmp_path_factory.mktemp("perception") / "data"
     write_perception(PerceptionArguments(str(folder), num_rows=6, num_swaps=2, seed=3))
-    return load_dataset(str(folder))
+    return {split: load_split(str(folder), split) for split in ("see", "choose", "follow", "letters")}
 
 
 def test_perception_questions_have_right_answers(perception):
@@ -97,7 +96,7 @@ def test_a_row_given_its_own_states_answers_as_before(tmp_path):
 
 def test_questions_to_see_on_have_right_answers(tmp_path):
     internalisation.write_base_task(tmp_path / "see", num_scenes=9)
-    rows = load_dataset(str(tmp_path / "see"))
+    rows = {split: load_split(str(tmp_path / "see"), split) for split in ("see", "step")}
     assert set(rows["see"]["id"]) < set(rows["step"]["id"])
     asked = set()
     for row in rows["step"]:
@@ -155,9 +154,7 @@ def test_the_experiment_on_latents_runs_whole_and_repeats_nothing(tmp_path):
     assert all(0 <= one <= 1 for accuracies in full["probes"] for one in accuracies)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")} == before
     # What the chain says are the lamp's colours; what is shuffled is another row's thought video, of the same row.
-    rows = {
-        split: load_dataset(str(tmp_path / "out" / "2 swaps" / "rows"), split=split) for split in ("chain", "train")
-    }
+    rows = {split: load_split(str(tmp_path / "out" / "2 swaps" / "rows"), split) for split in ("chain", "train")}
     assert all(one["video"] == other["video"] for one, other in zip(rows["chain"], rows["train"]))
     for row, answered in zip(rows["train"], rows["chain"]):
         *states, last = answered["answer"].replace("<think>", "").replace("</think>", "").split()
