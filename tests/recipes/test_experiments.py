@@ -201,6 +201,25 @@ def test_probes_find_what_a_slot_holds_and_nothing_else():
     assert all(found[slot][time] < 0.5 for slot, time in ((0, 0), (1, 0), (1, 1)))
 
 
+def test_the_evidence_that_is_shown_was_measured():
+    results = Path(internalisation.__file__).parent / "results"
+    found = json.loads((results / "internalisation.json").read_text())
+    assert (results / "internalisation.png").is_file()
+    lines = (Path(internalisation.__file__).parents[2] / "README.md").read_text().splitlines()
+    accuracies = {}
+    for run in found["runs"]:
+        accuracies.setdefault((run["arm"], run["difficulty"]), []).append(run["accuracy"])
+    for (arm, difficulty), measured in accuracies.items():
+        cell = f"{sum(measured) / len(measured):.1%}"
+        if len(measured) > 1:
+            cell += f" ({min(measured):.1%} to {max(measured):.1%})"
+        shown = [line for line in lines if line.startswith(f"| {arm} |") and f"| {cell} |" in line]
+        assert shown, (arm, difficulty, cell)
+        changed = found["interventions"].get(f"{arm}, {difficulty} swaps")
+        if changed and difficulty == 6:
+            assert any(f"| {changed['follows_donor']:.1%} | {changed['noise']:.1%} |" in line for line in shown), arm
+
+
 def test_solvers_agree_where_they_must(model, processor):
     rows, collator = make_rows(3), StormsCollator(processor, latent_size=3)
     sequential, first, last = compare_solvers(model, collator, rows, (1, 3), latent_size=3, max_new_tokens=4)
