@@ -391,7 +391,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for path in (root / "internalisation.json", arguments.results):
         if path is not None:
             Path(path).write_text(json.dumps(results, indent=2) + "\n")
-            plot(results, Path(path).with_suffix(".png"))
+            if len({run["difficulty"] for run in results["runs"]}) > 1:
+                plot(results, Path(path).with_suffix(".png"))
     print_table(results)
     return results
 
