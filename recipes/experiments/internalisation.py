@@ -198,23 +198,36 @@ def train_base(root: Path, grid: Mapping[str, Any], seed: int) -> Path:
     return folder / "base"
 
 
+def list_arms(grid: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """All arms of a grid by name, each with its `stages`, `swaps` (difficulties), `seeds` and `max_steps`."""
+    every = {"swaps": grid["swaps"], "seeds": grid["seeds"], "max_steps": grid["max_steps"]}
+    one, first = {"swaps": [grid["variant_swaps"]]}, {"seeds": grid["seeds"][:1]}
+    arms = {name: {**every, "stages": stages} for name, stages in grid["arms"].items()}
+    arms |= {name: {**every, **one, "stages": stages} for name, stages in grid["ablations"].items()}
+    arms |= {name: {**every, **one, **first, "stages": stages} for name, stages in grid["variants"].items()}
+    steps, swaps = grid["longer"]["max_steps"], [grid["longer"]["swaps"]]
+    for name in grid["longer"]["arms"]:
+        arms[f"{name}, {steps} steps"] = {**arms[name], **first, "swaps": swaps, "max_steps": steps}
+    return arms
+
+
 def run_arm(
-    root: Path, grid: Mapping[str, Any], name: str, stages: Sequence[Mapping[str, Any]], swaps: int, seed: int
+    root: Path, grid: Mapping[str, Any], name: str, arm: Mapping[str, Any], swaps: int, seed: int
 ) -> dict[str, Any]:
-    """Train one arm and measure it: a record of the results."""
+    """Train one arm of `list_arms` and measure it: a record of the results."""
     folder = root / f"seed{seed}" / f"{swaps} swaps" / name
     if (folder / "run.json").is_file():
         return json.loads((folder / "run.json").read_text())
     start = train_base(root, grid, seed)
-    task = write_task(root, grid, swaps)
+    task, stages = write_task(root, grid, swaps), arm["stages"]
     for number, stage in enumerate(stages):
         own = {key: value for key, value in stage.items() if key not in ("script", "share")}
         block = {"latent_size": swaps + 2} if stage["script"] != "sft" else {}  # a slot for each segment of the clip
         flags = {**grid["training"], **block, **own}
-        steps = round(grid["max_steps"] * stage.get("share", 1.0))
+        steps = round(arm["max_steps"] * stage.get("share", 1.0))
         train(stage["script"], start, folder / str(number), task, steps, seed, flags)
         start = folder / str(number)
-    record = {"arm": name, "seed": seed, "world": "color_swap", "difficulty": swaps, "steps": grid["max_steps"]}
+    record = {"arm": name, "seed": seed, "world": "color_swap", "difficulty": swaps, "steps": arm["max_steps"]}
     record |= measure(start, task, stages, swaps)
     if swaps == grid["variant_swaps"]:  # longer chains than it was trained on, too
         for more in (level for level in grid["swaps"] if level > swaps):
@@ -301,7 +314,7 @@ def measure_cost(root: Path, grid: Mapping[str, Any], rounds: int = 5) -> dict[s
     """Seconds an item of the arms in `COMPARED` that are trained, one item at a time, in turns: medians of rounds."""
     swaps, ready = grid["variant_swaps"], {}
     for name in COMPARED:
-        stages = (grid["arms"] | grid["ablations"])[name]
+        stages = list_arms(grid)[name]["stages"]
         checkpoint = root / f"seed{grid['seeds'][0]}" / f"{swaps} swaps" / name / str(len(stages) - 1)
         if (checkpoint / "training.json").is_file():
             ready[name] = _ready_to_answer(checkpoint, write_task(root, grid, swaps), stages, swaps)
@@ -375,17 +388,16 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     (arguments,) = HfArgumentParser(InternalisationArguments, description=__doc__).parse_args_into_dataclasses(argv)
     grid = yaml.safe_load(Path(arguments.config).read_text())
-    known = {**grid["arms"], **grid["ablations"], **grid["variants"]}
+    known = list_arms(grid)
     if unknown := set(arguments.arms) - set(known):
         raise SystemExit(f"Error: --arms: saw {sorted(unknown)}, expected some of {', '.join(known)}.")
     root = Path(arguments.output)
     for seed in arguments.seeds or grid["seeds"]:
         for name in arguments.arms or known:
-            if not arguments.arms and name in grid["variants"] and seed != grid["seeds"][0]:
+            if not arguments.arms and seed not in known[name]["seeds"]:
                 continue
-            levels = grid["swaps"] if name in grid["arms"] else [grid["variant_swaps"]]
-            for swaps in levels:
-                if swaps in (arguments.swaps or levels):
+            for swaps in known[name]["swaps"]:
+                if swaps in (arguments.swaps or known[name]["swaps"]):
                     run_arm(root, grid, name, known[name], swaps, seed)
     results = {**collect(root), "seconds_per_item": measure_cost(root, grid)}
     for path in (root / "internalisation.json", arguments.results):

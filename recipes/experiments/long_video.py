@@ -1,4 +1,4 @@
-"""Does a temporal projector save what pooling averages away? 128 frames, four steps pooled, with it and without.
+"""What does pooling cost, and does a temporal projector save it? 128 frames, four steps pooled, with it and without.
 
     python -m recipes.experiments.long_video --output long_video_output
 
@@ -6,8 +6,10 @@ Clips of the world `color_swap`, 128 frames each: signals show two of three colo
 a certain signal leaves out. In `slow` there are 6 signals of 16 frames: events are far apart, and a pooled token (8
 frames) shows one signal. In `fast` there are 30 of 4 frames, so that a pooled token shows two, and without a projector
 their order is averaged away. A tiny random model is first taught to see (the lamp at the start, in clips of `slow`,
-without a projector); from there, both arms train by `recipes/sft.py` for equally many steps on equal data and equally
-many visual tokens. What is in the output folder already is not repeated; delete the folder to start afresh.
+without a projector); from there, all arms train by `recipes/sft.py` for equally many steps on equal data: without
+pooling, pooled, and pooled behind a projector. Then `python -m evaluation` asks the models of the first seed about
+other numbers of frames and with other reductions than they were trained with. What is in the output folder already is
+not repeated; delete the folder to start afresh.
 """
 
 import json
@@ -16,14 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datasets import Features
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import HfArgumentParser
 
+from dataset_builder import schema
 from dataset_builder.schema import FREE_FORM
 from dataset_builder.sources.simulated import list_rows, scene_of
 from dataset_builder.thought_video import encode_video
+from evaluation.__main__ import main as evaluate
 from evaluation.prompts import storms_prompt
 from modeling_storms import StormsForConditionalGeneration, StormsProcessor
 from recipes import sft
@@ -39,9 +44,13 @@ CONFIG = Path(__file__).parents[1] / "configs" / "tiny" / "sft.yaml"
 # By world: number of signals, frames that each takes, and signals that are asked about.
 WORLDS = {"slow": (6, 16, range(1, 7)), "fast": (30, 4, (5, 10, 15, 20, 25, 30))}
 ARMS: dict[str, list[str]] = {
+    "not pooled": ["--temporal_pool", "1"],
     "pooled": [],
     "pooled, projector": ["--temporal_projector", json.dumps({"state_size": 32, "head_dim": 32})],
 }
+SWEEP = {"frames": "32,64,128", "temporal_pool": "1,4", "temporal_sampling": "1,2"}
+# What `python -m evaluation` reads beside what training does.
+COLUMNS = ("source", "video_id", "video_path", "video_start", "video_end")
 START = "Which colour does the lamp have at the start?"
 MISSING = "Signals show two colours each. Which colour is missing in signal {}?"
 
@@ -73,13 +82,15 @@ def write_world(output: Path, world: str, num_rows: int, num_answers: int, seed:
         signal = asked[index % len(asked)]
         (missing,) = set(range(3)) - set(scene.swaps[signal - 1])
         row = {**dict.fromkeys(FEATURES), "id": source["id"], "options": [], "problem_type": FREE_FORM}
+        row |= dict.fromkeys(COLUMNS) | {name: source[name] for name in ("source", "video_id", "video_path")}
         # Half the size: they are seen at a quarter of it.
         row["video"] = {"bytes": encode_video(scene.frames()[:, ::2, ::2].copy(), scene.fps), "path": None}
         row |= {"question": MISSING.format(signal), "answer": scene.options[missing]}
         rows[source["split"]].append(row)
         if source["split"] == "train":
             rows["see"].append({**row, "question": START, "answer": scene.options[scene.start]})
-    write_splits(output, rows, f"color_swap, {world}, {num_rows} + {num_answers} clips, seed {seed}")
+    features = Features({**FEATURES, **{name: schema.FEATURES[name] for name in COLUMNS}})
+    write_splits(output, rows, f"color_swap, {world}, {num_rows} + {num_answers} clips, seed {seed}", features)
 
 
 def make_base(folder: Path, seed: int) -> None:
@@ -126,6 +137,43 @@ def measure(checkpoint: Path, dataset: Path) -> dict[str, Any]:
     return found | {"visual_tokens": int(tokens.sum())}
 
 
+def sweep(checkpoint: Path, dataset: Path, output: Path) -> list[dict[str, Any]]:
+    """A model's answers with each combination of `SWEEP`, by `python -m evaluation`.
+
+    Returns:
+        Of each combination its number of `frames`, `temporal_pool`, `temporal_sampling`, `visual_tokens`, `accuracy`
+        and 95% `interval` (clustered by video), and `modules`, the seconds that each took of a question.
+    """
+    flags = [text for name, values in SWEEP.items() for text in (f"--{name}", values)]
+    task = ["--benchmarks", f"simulated={dataset}", "--split", "validation", "--latent_mode", "off"]
+    evaluate(
+        [
+            "--model",
+            str(checkpoint),
+            *task,
+            "--max_new_tokens",
+            "8",
+            "--num_workers",
+            "2",
+            *flags,
+            "--output",
+            str(output),
+        ]
+    )
+    found = []
+    for path in output.glob("*.json"):
+        run = json.loads(path.read_text())
+        (result,), settings = run["results"], run["settings"]
+        one = {"frames": settings["protocol"]["num_frames"], **settings["reduction"]}
+        one |= {"visual_tokens": run["costs"]["video_tokens_per_question"], "modules": run["costs"]["modules"]}
+        found.append(one | {"accuracy": result["value"], "interval": result["interval"]})
+    return sorted(found, key=lambda one: (one["frames"], one["temporal_pool"], one["temporal_sampling"]))
+
+
+def _named(world: str, arm: str) -> str:
+    return f"{world} {arm}".replace(", ", "_").replace(" ", "_")
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = HfArgumentParser(LongVideoArguments, description=__doc__)
     (arguments,) = parser.parse_args_into_dataclasses(argv)
@@ -141,10 +189,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         train(folder / "base", folder / "see", root / "data" / "slow", "see", arguments.see_steps, seed, [])
         for world in arguments.worlds:
             for arm, flags in ARMS.items():
-                output, data = folder / f"{world}, {arm}".replace(", ", "_"), root / "data" / world
+                output, data = folder / _named(world, arm), root / "data" / world
                 train(folder / "see", output, data, "train", arguments.max_steps, seed, flags)
                 runs.append({"world": world, "arm": arm, "seed": seed, **measure(output, data)})
+    sweeps = {}
+    for world in arguments.worlds:
+        for arm in ARMS:
+            checkpoint = root / f"seed{arguments.seeds[0]}" / _named(world, arm)
+            sweeps[f"{world}, {arm}"] = sweep(checkpoint, root / "data" / world, root / "sweep" / checkpoint.name)
     results = {"command": "python -m recipes.experiments.long_video", "max_steps": arguments.max_steps, "runs": runs}
+    results["sweeps"] = sweeps
     for path in (root / "long_video.json", arguments.results):
         if path is not None:
             Path(path).write_text(json.dumps(results, indent=2) + "\n")

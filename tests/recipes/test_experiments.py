@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -168,8 +169,17 @@ def test_the_experiment_on_latents_runs_whole_and_repeats_nothing(tmp_path):
 def test_the_projectors_experiment_runs_whole_and_arms_see_equally_many_tokens(tmp_path):
     sizes = ["--num_rows", "4", "--num_answers", "6", "--see_steps", "1", "--max_steps", "1", "--seeds", "0"]
     results = long_video.main(["--output", str(tmp_path), "--worlds", "fast", *sizes])
-    assert [run["arm"] for run in results["runs"]] == ["pooled", "pooled, projector"]
-    assert {run["visual_tokens"] for run in results["runs"]} == {16}  # 128 frames, 2 a step, 4 steps pooled
+    assert [run["arm"] for run in results["runs"]] == ["not pooled", "pooled", "pooled, projector"]
+    assert [run["visual_tokens"] for run in results["runs"]] == [64, 16, 16]  # 128 frames, 2 a step, 4 steps pooled
+    assert list(results["sweeps"]) == ["fast, not pooled", "fast, pooled", "fast, pooled, projector"]
+    for run, swept in zip(results["runs"], results["sweeps"].values()):
+        tokens = [(one["frames"], one["temporal_pool"], one["temporal_sampling"]) for one in swept]
+        assert tokens == list(product((32, 64, 128), (1, 4), (1, 2)))
+        for one in swept:
+            steps = one["frames"] // 2 // one["temporal_pool"] // one["temporal_sampling"]
+            assert one["visual_tokens"] == steps
+        (same,) = (one for one in swept if one["visual_tokens"] == run["visual_tokens"] and one["frames"] == 128)
+        assert same["accuracy"] == run["accuracy"]
     for row in load_split(str(tmp_path / "data" / "fast"), "validation"):
         frames, _ = decode_video(row["video"]["bytes"])
         signal = int(row["question"].rstrip("?").split()[-1])
@@ -187,7 +197,8 @@ def test_the_projectors_figures_that_are_shown_were_measured():
         shown[run["world"], run["seed"]].append(f"{run['accuracy']:.1%} ({low:.1%} to {high:.1%})")
     for (world, seed), (without, with_projector) in shown.items():
         assert f"| {world} | {seed} | {without} | {with_projector} |" in readme
-    without, with_projector = ([run["accuracy"] for run in found if run["arm"] == arm] for arm in long_video.ARMS)
+    pooled = ("pooled", "pooled, projector")
+    without, with_projector = ([run["accuracy"] for run in found if run["arm"] == arm] for arm in pooled)
     assert sum(one > other for one, other in zip(with_projector, without)) == 5
     assert all(one >= other for one, other in zip(with_projector, without))
 
