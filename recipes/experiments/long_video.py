@@ -146,20 +146,8 @@ def sweep(checkpoint: Path, dataset: Path, output: Path) -> list[dict[str, Any]]
     """
     flags = [text for name, values in SWEEP.items() for text in (f"--{name}", values)]
     task = ["--benchmarks", f"simulated={dataset}", "--split", "validation", "--latent_mode", "off"]
-    evaluate(
-        [
-            "--model",
-            str(checkpoint),
-            *task,
-            "--max_new_tokens",
-            "8",
-            "--num_workers",
-            "2",
-            *flags,
-            "--output",
-            str(output),
-        ]
-    )
+    task += ["--max_new_tokens", "8", "--num_workers", "2", "--output", str(output)]
+    evaluate(["--model", str(checkpoint), *task, *flags])
     found = []
     for path in output.glob("*.json"):
         run = json.loads(path.read_text())
