@@ -178,17 +178,30 @@ def _text(value: Any) -> str:
 
 
 def train_base(root: Path, grid: Mapping[str, Any], seed: int) -> Path:
-    """The model that all arms of a seed start from: it sees, and a block begins for it where answers do."""
+    """The model that all arms of a seed start from: it sees, and a block begins for it where answers do.
+
+    Raises:
+        SystemExit: if it still does not see after all rounds: its arms would be put on trial for its blindness.
+    """
     folder = root / f"seed{seed}"
     if not (root / "see" / "README.md").is_file():
         write_base_task(root / "see", grid["num_scenes"])
     if not (folder / "random" / "config.json").is_file():
         make_base(folder / "random", seed)
     start = folder / "random"
-    for split, steps in zip(("see", "step"), grid["see_steps"]):
+    (first, steps), rounds = grid["see_steps"], range(grid["see_rounds"])
+    for name, split, steps in [("see", "see", first), *((f"step{number}", "step", steps) for number in rounds)]:
         flags = {**grid["training"], "learning_rate": 1e-3, "max_grad_norm": 1.0, "dataset_train_split": split}
-        train("sft", start, folder / split, root / "see", steps, seed, flags)
-        start = folder / split
+        train("sft", start, folder / name, root / "see", steps, seed, flags)
+        start = folder / name
+        loss = json.loads((start / "training.json").read_text())["metrics"]["loss/lm"]
+        if split == "step" and loss <= grid["see_loss"]:
+            break
+    else:
+        raise SystemExit(
+            f"Error: after {len(rounds)} rounds the base of seed {seed} has a loss of {loss:.3f} on what it sees, "
+            f"expected at most {grid['see_loss']}. Raise see_rounds, or choose another seed."
+        )
     if not (folder / "base" / "config.json").is_file():
         model = StormsForConditionalGeneration.from_pretrained(start)
         processor = StormsProcessor.from_pretrained(start)

@@ -125,7 +125,7 @@ def test_questions_to_see_on_have_right_answers(tmp_path):
 def test_the_experiment_on_latents_runs_whole_and_repeats_nothing(tmp_path):
     grid = yaml.safe_load(Path(internalisation.__file__).with_suffix(".yaml").read_text())
     grid |= {"num_rows": 8, "num_answers": 24, "num_scenes": 4, "see_steps": [1, 1], "max_steps": 2, "seeds": [0]}
-    grid |= {"swaps": [2, 3], "variant_swaps": 2}
+    grid |= {"swaps": [2, 3], "variant_swaps": 2, "see_loss": 100.0}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
     arms = ["sft", "pause tokens", "chain of thought", "full", "full, shuffled targets"]
     argv = [
