@@ -220,6 +220,32 @@ def test_probes_find_what_a_slot_holds_and_nothing_else():
     assert all(found[slot][time] < 0.5 for slot, time in ((0, 0), (1, 0), (1, 1)))
 
 
+def test_arms_do_not_start_from_a_base_that_does_not_see(tmp_path):
+    grid = yaml.safe_load(Path(internalisation.__file__).with_suffix(".yaml").read_text())
+    grid["see_rounds"] = 2
+    done = {"see": 0.5, "step0": 0.13, "step1": 0.14}
+    for name, loss in done.items():
+        (tmp_path / "seed2" / name).mkdir(parents=True)
+        (tmp_path / "seed2" / name / "training.json").write_text(json.dumps({"metrics": {"loss/lm": loss}}))
+    for path in (tmp_path / "see" / "README.md", tmp_path / "seed2" / "random" / "config.json"):
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+    with pytest.raises(SystemExit, match=r"after 2 rounds the base of seed 2 has a loss of 0.140 .* at most 0.03"):
+        internalisation.train_base(tmp_path, grid, seed=2)
+
+
+def test_variants_and_longer_training_are_for_the_first_seed_and_the_curve_for_all():
+    grid = yaml.safe_load(Path(internalisation.__file__).with_suffix(".yaml").read_text())
+    arms = internalisation.list_arms(grid)
+    assert set(arms) >= {*grid["arms"], *grid["ablations"], *grid["variants"], "full, 1600 steps"}
+    assert (arms["full"]["swaps"], arms["full"]["seeds"], arms["full"]["max_steps"]) == ([2, 4, 6, 8], [0, 1, 2], 800)
+    assert (arms["stage 2"]["swaps"], arms["stage 2"]["seeds"]) == ([6], [0, 1, 2])
+    assert (arms["full, pad"]["swaps"], arms["full, pad"]["seeds"]) == ([6], [0])
+    longer = arms["full, 1600 steps"]
+    assert (longer["swaps"], longer["seeds"], longer["max_steps"]) == ([8], [0], 1600)
+    assert longer["stages"] == arms["full"]["stages"]
+
+
 def test_the_evidence_that_is_shown_was_measured():
     found = json.loads((Path(internalisation.__file__).parent / "results" / "internalisation.json").read_text())
     lines = (Path(internalisation.__file__).parents[2] / "README.md").read_text().splitlines()
