@@ -57,6 +57,9 @@ class DiagnosticsArguments:
     batch_size: int = field(default=8, metadata={"help": "Questions at once."})
     max_new_tokens: int = field(default=16, metadata={"help": "Longest answer; blocks come on top."})
     samples: int = field(default=2000, metadata={"help": "Resamples of each interval."})
+    free_form_chance: float = field(
+        default=0.0, metadata={"help": "How often a guess is right where there are no options: 0.33 of three colours."}
+    )
     seed: int = field(default=0, metadata={"help": "Of the questions drawn, donors, noise, orders and resamples."})
     revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of --model on the Hub."})
     dataset_revision: str | None = field(default=None, metadata={"help": "The same of --dataset."})
@@ -70,6 +73,8 @@ class DiagnosticsArguments:
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"--{name}: saw {getattr(self, name)}, expected {minimum} or more.")
+        if not 0 <= self.free_form_chance < 1:
+            raise ValueError(f"--free_form_chance: saw {self.free_form_chance}, expected 0 to 1, without 1.")
         if not self.budgets or min(self.budgets) < 1 or (self.latent_size or 1) < 1:
             raise ValueError(
                 f"--budgets {self.budgets}, --latent_size {self.latent_size}: expected one slot or more in each."
@@ -90,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         arguments.video_root,
         arguments.dataset_revision,
         arguments.seed,
+        arguments.free_form_chance,
     )
     model, processor = load_model(arguments.model, arguments.revision, arguments.dtype, arguments.attention)
     latent = {} if arguments.latent_size is None else {"latent_size": arguments.latent_size}

@@ -24,11 +24,13 @@ class Row:
         question (`Question`): what is asked.
         keyframes (`tuple[bytes, ...]`): image files; may be none.
         thought_video (`bytes`): a video file; may be empty.
+        free_form_chance (`float`): how often a guess is right where there are no options.
     """
 
     question: Question
     keyframes: tuple[bytes, ...] = ()
     thought_video: bytes = b""
+    free_form_chance: float = 0.0
 
     @property
     def text(self) -> str:
@@ -42,8 +44,8 @@ class Row:
 
     @property
     def chance(self) -> float:
-        """How often a guess is right: one in the number of options; of a free-form answer never."""
-        return 1 / len(self.question.options) if self.question.options else 0.0
+        """How often a guess is right: one in the number of options, if there are any."""
+        return 1 / len(self.question.options) if self.question.options else self.free_form_chance
 
 
 def load_rows(
@@ -53,6 +55,7 @@ def load_rows(
     video_root: str | None = None,
     revision: str | None = None,
     seed: int = 0,
+    free_form_chance: float = 0.0,
 ) -> list[Row]:
     """Rows of a dataset of the builder's schema; with `max_questions`, of whole videos drawn at random.
 
@@ -72,7 +75,7 @@ def load_rows(
     for question in questions:
         extra = extras[question.id]
         keyframes = tuple(one["bytes"] for one in extra.get("keyframes") or () if one.get("bytes"))
-        rows.append(Row(question, keyframes, (extra.get("thought_video") or {}).get("bytes") or b""))
+        rows.append(Row(question, keyframes, (extra.get("thought_video") or {}).get("bytes") or b"", free_form_chance))
     return sorted(rows, key=lambda row: (row.clip[0], row.clip[1] or 0.0, row.clip[2] or 0.0))  # a clip's in a row
 
 

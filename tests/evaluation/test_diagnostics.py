@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from dataset_builder.schema import FEATURES, MULTIPLE_CHOICE
 from dataset_builder.thought_video import encode_video
 from evaluation.answering import Answerer, encode_clip
 from evaluation.benchmarks.base import Question
-from evaluation.diagnostics.__main__ import main
+from evaluation.diagnostics.__main__ import DiagnosticsArguments, main
 from evaluation.diagnostics.collapse import effective_rank, mean_cosine, slot_cosines
 from evaluation.diagnostics.effects import Outcome, Resampling, donor_test, effect, first_token_kl, verdict
 from evaluation.diagnostics.interventions import (
@@ -206,6 +207,14 @@ def test_own_states_put_back_change_nothing(built, processor, folder):
     for own, (reply,) in zip(intact, placed):
         assert torch.equal(own.first_logits, reply.first_logits)
         assert torch.equal(own.latent_states, reply.latent_states)
+
+
+def test_a_guess_is_one_of_the_options_or_as_likely_as_told(folder):
+    rows = load_rows(str(folder), "test", free_form_chance=0.25)
+    assert {row.chance for row in rows} == {1 / 3}
+    assert replace(rows[0], question=replace(rows[0].question, options={})).chance == 0.25
+    with pytest.raises(ValueError, match=r"--free_form_chance: saw 1.0, expected 0 to 1, without 1"):
+        DiagnosticsArguments(model="model", dataset="dataset", free_form_chance=1.0)
 
 
 def test_question_states_are_those_of_one_forward_pass_over_the_whole_prompt(pair, processor, folder):
