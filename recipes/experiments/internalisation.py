@@ -212,15 +212,12 @@ def train_base(root: Path, grid: Mapping[str, Any], seed: int) -> Path:
 
 
 def list_arms(grid: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """All arms of a grid by name, each with its `stages`, `swaps` (difficulties), `seeds` and `max_steps`."""
-    every = {"swaps": grid["swaps"], "seeds": grid["seeds"], "max_steps": grid["max_steps"]}
+    """All arms of a grid by name, each with its `stages`, `swaps` (difficulties) and `seeds`."""
+    every = {"swaps": grid["swaps"], "seeds": grid["seeds"]}
     one, first = {"swaps": [grid["variant_swaps"]]}, {"seeds": grid["seeds"][:1]}
     arms = {name: {**every, "stages": stages} for name, stages in grid["arms"].items()}
     arms |= {name: {**every, **one, "stages": stages} for name, stages in grid["ablations"].items()}
     arms |= {name: {**every, **one, **first, "stages": stages} for name, stages in grid["variants"].items()}
-    steps, swaps = grid["longer"]["max_steps"], [grid["longer"]["swaps"]]
-    for name in grid["longer"]["arms"]:
-        arms[f"{name}, {steps} steps"] = {**arms[name], **first, "swaps": swaps, "max_steps": steps}
     return arms
 
 
@@ -235,12 +232,15 @@ def run_arm(
     task, stages = write_task(root, grid, swaps), arm["stages"]
     for number, stage in enumerate(stages):
         own = {key: value for key, value in stage.items() if key not in ("script", "share")}
-        block = {"latent_size": swaps + 2} if stage["script"] != "sft" else {}  # a slot for each segment of the clip
+        # A slot for each segment of the clip, and two frames of the thought video for each slot.
+        block = {"latent_size": swaps + 2} if stage["script"] != "sft" else {}
+        if stage["script"] == "stage1":
+            block["num_target_frames"] = 2 * (swaps + 2)
         flags = {**grid["training"], **block, **own}
-        steps = round(arm["max_steps"] * stage.get("share", 1.0))
+        steps = round(grid["max_steps"] * stage.get("share", 1.0))
         train(stage["script"], start, folder / str(number), task, steps, seed, flags)
         start = folder / str(number)
-    record = {"arm": name, "seed": seed, "world": "color_swap", "difficulty": swaps, "steps": arm["max_steps"]}
+    record = {"arm": name, "seed": seed, "world": "color_swap", "difficulty": swaps, "steps": grid["max_steps"]}
     record |= measure(start, task, stages, swaps)
     if swaps == grid["variant_swaps"]:  # longer chains than it was trained on, too
         for more in (level for level in grid["swaps"] if level > swaps):

@@ -234,16 +234,13 @@ def test_arms_do_not_start_from_a_base_that_does_not_see(tmp_path):
         internalisation.train_base(tmp_path, grid, seed=2)
 
 
-def test_variants_and_longer_training_are_for_the_first_seed_and_the_curve_for_all():
+def test_variants_are_for_the_first_seed_and_the_curve_for_all():
     grid = yaml.safe_load(Path(internalisation.__file__).with_suffix(".yaml").read_text())
     arms = internalisation.list_arms(grid)
-    assert set(arms) >= {*grid["arms"], *grid["ablations"], *grid["variants"], "full, 1600 steps"}
-    assert (arms["full"]["swaps"], arms["full"]["seeds"], arms["full"]["max_steps"]) == ([2, 4, 6, 8], [0, 1, 2], 800)
+    assert set(arms) >= {*grid["arms"], *grid["ablations"], *grid["variants"]}
+    assert (arms["full"]["swaps"], arms["full"]["seeds"]) == ([2, 4, 6, 8], [0, 1, 2])
     assert (arms["stage 2"]["swaps"], arms["stage 2"]["seeds"]) == ([6], [0, 1, 2])
     assert (arms["full, pad"]["swaps"], arms["full, pad"]["seeds"]) == ([6], [0])
-    longer = arms["full, 1600 steps"]
-    assert (longer["swaps"], longer["seeds"], longer["max_steps"]) == ([8], [0], 1600)
-    assert longer["stages"] == arms["full"]["stages"]
 
 
 def test_the_evidence_that_is_shown_was_measured():
