@@ -158,7 +158,9 @@ class StormsTrainingArguments(SFTConfig):
     )
     latent_loss_weight: float = _option(0.1, "Stage I only: weight of the regression to the targets.")
     target_source: str = _option("thought_video", f"Stage I only: what the targets show: {', '.join(TARGET_SOURCES)}.")
-    num_target_frames: int = _option(16, "Stage I only: frames sampled from a thought video as target.")
+    num_target_frames: int = _option(
+        16, "Stage I only: frames sampled from a thought video as target; best a multiple of 2K."
+    )
     latent_bottleneck: float = _option(
         0.0, "Probability, per row and step, that the video reaches the answer only through the slots."
     )

@@ -563,6 +563,17 @@ def _make_repository(training: StormsTrainingArguments) -> None:
         ) from error
 
 
+def _warn_of_shared_steps(training: StormsTrainingArguments, frames_per_step: int) -> None:
+    """Neighbouring targets that average over a grid step of both say less of either."""
+    steps, num_slots = -(-training.num_target_frames // frames_per_step), training.latent_size
+    if num_slots is not None and max(steps, num_slots) % min(steps, num_slots):
+        logger.warning(
+            f"--num_target_frames {training.num_target_frames} gives {steps} steps in time for {num_slots} slots, so "
+            f"neighbouring slots share some. With --num_target_frames {frames_per_step * num_slots}, or a multiple, "
+            "each has its own."
+        )
+
+
 def run(stage: str, description: str | None, argv: Sequence[str] | None = None) -> StormsTrainer:
     """What each script does: parse, load model and data, train, save, push.
 
@@ -581,6 +592,8 @@ def run(stage: str, description: str | None, argv: Sequence[str] | None = None) 
         # Inference does what training did: on rows that never saw the video past the slots, it should not begin to.
         model.generation_config.latent_bottleneck = training.latent_bottleneck == 1
     settings = target_settings(model, processor, training) if stage == "stage1" else None
+    if settings is not None and training.target_source == "thought_video":
+        _warn_of_shared_steps(training, processor.video_processor.temporal_patch_size)
     train_dataset, eval_dataset = load_data(data, training, stage, settings)
     if isinstance(train_dataset, IterableDataset):
         # The Trainer does not know where a stream ends: resumed after that, it would go on with other rows.

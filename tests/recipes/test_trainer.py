@@ -669,3 +669,17 @@ def test_a_checkpoint_generates_as_it_was_trained(tiny_checkpoint, tmp_path, bot
     tokens = 4  # a thought video of 2 frames is one step of 4 tokens
     assert model.config.latent_size == model.generation_config.latent_size == tokens
     assert model.generation_config.latent_bottleneck is (bottleneck == 1)
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "num_slots", "better"),
+    [(16, 8, None), (16, 10, 20), (15, 6, 12), (16, 4, None), (16, 16, None), (20, 5, None), (6, None, None)],
+)
+def test_stage_1_tells_that_neighbouring_slots_share_frames(monkeypatch, num_frames, num_slots, better):
+    told = []
+    monkeypatch.setattr(trainer_module.logger, "warning", told.append)
+    arguments = SimpleNamespace(num_target_frames=num_frames, latent_size=num_slots)
+    trainer_module._warn_of_shared_steps(arguments, 2)
+    assert [f"With --num_target_frames {better}, or a multiple" in one for one in told] == [True] * (
+        better is not None
+    )
