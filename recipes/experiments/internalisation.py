@@ -238,8 +238,9 @@ def run_arm(
             block["num_target_frames"] = 2 * (swaps + 2)
         flags = {**grid["training"], **block, **own}
         steps = round(grid["max_steps"] * stage.get("share", 1.0))
-        train(stage["script"], start, folder / str(number), task, steps, seed, flags)
-        start = folder / str(number)
+        output = _trained_alike(folder, grid, stages[: number + 1])
+        train(stage["script"], start, output, task, steps, seed, flags)
+        start = output
     record = {"arm": name, "seed": seed, "world": "color_swap", "difficulty": swaps, "steps": grid["max_steps"]}
     record |= measure(start, task, stages, swaps)
     if swaps == grid["variant_swaps"]:  # longer chains than it was trained on, too
@@ -248,6 +249,13 @@ def run_arm(
             record.setdefault("more_swaps", {})[str(more)] = {name: longer[name] for name in ("accuracy", "interval")}
     (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n")
     return record
+
+
+def _trained_alike(folder: Path, grid: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> Path:
+    """Where the last of an arm's first stages is or will be: at an arm that has begun alike, else in its `folder`."""
+    last = str(len(stages) - 1)
+    others = [folder.parent / name for name, arm in list_arms(grid).items() if arm["stages"][: len(stages)] == stages]
+    return next((other / last for other in others if (other / last / "training.json").is_file()), folder / last)
 
 
 # ------------------------------------------------------------------ figures

@@ -234,6 +234,18 @@ def test_arms_do_not_start_from_a_base_that_does_not_see(tmp_path):
         internalisation.train_base(tmp_path, grid, seed=2)
 
 
+def test_what_an_arm_has_in_common_with_another_is_trained_once(tmp_path):
+    grid = yaml.safe_load(Path(internalisation.__file__).with_suffix(".yaml").read_text())
+    stages = grid["arms"]["full"]
+    for number in ("0", "1"):  # of the arm without the second stage
+        (tmp_path / "full, teacher-forced" / number).mkdir(parents=True)
+        (tmp_path / "full, teacher-forced" / number / "training.json").touch()
+    found = [internalisation._trained_alike(tmp_path / "full", grid, stages[:count]) for count in (1, 2, 3)]
+    assert found == [tmp_path / "full, teacher-forced" / "0", tmp_path / "full" / "1", tmp_path / "full" / "2"]
+    own = internalisation._trained_alike(tmp_path / "stage 1", grid, grid["ablations"]["stage 1"])
+    assert own == tmp_path / "stage 1" / "0"  # trained for longer
+
+
 def test_variants_are_for_the_first_seed_and_the_curve_for_all():
     grid = yaml.safe_load(Path(internalisation.__file__).with_suffix(".yaml").read_text())
     arms = internalisation.list_arms(grid)
