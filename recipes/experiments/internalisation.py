@@ -7,8 +7,9 @@ In the world `color_swap`, a lamp is covered while signals of two colours each t
 have at the end? The more signals, the longer the chain of states that no frame shows; the thought video shows it. A
 tiny random model is first taught to see (questions about one signal, never about a chain), in the role of a pretrained
 backbone. Each arm starts from it and trains for equally many steps on the same clips by the recipes' own scripts; the
-YAML lists arms and difficulties. A run that is in the output folder already is not repeated, so that several processes
-may share one folder, each with other `--seeds` or `--arms`; each command writes the figures of all that are there.
+YAML lists arms and difficulties. First stages that arms have in common are trained once, and a run that is in the
+output folder already is not repeated, so that several processes may share one folder, each with other `--seeds` or
+`--swaps`; each command writes the figures of all that are there.
 """
 
 import json

@@ -189,18 +189,23 @@ def test_the_projectors_experiment_runs_whole_and_arms_see_equally_many_tokens(t
 
 
 def test_the_projectors_figures_that_are_shown_were_measured():
-    found = json.loads((Path(long_video.__file__).parent / "results" / "long_video.json").read_text())["runs"]
+    found = json.loads((Path(long_video.__file__).parent / "results" / "long_video.json").read_text())
     readme = (Path(long_video.__file__).parents[2] / "README.md").read_text()
-    shown = {(run["world"], run["seed"]): [] for run in found}
-    for run in found:  # in the order of the arms
+    shown = {(run["world"], run["seed"]): [] for run in found["runs"]}
+    for run in found["runs"]:  # in the order of the arms
         low, high = run["interval"]
         shown[run["world"], run["seed"]].append(f"{run['accuracy']:.1%} ({low:.1%} to {high:.1%})")
-    for (world, seed), (without, with_projector) in shown.items():
-        assert f"| {world} | {seed} | {without} | {with_projector} |" in readme
-    pooled = ("pooled", "pooled, projector")
-    without, with_projector = ([run["accuracy"] for run in found if run["arm"] == arm] for arm in pooled)
-    assert sum(one > other for one, other in zip(with_projector, without)) == 5
-    assert all(one >= other for one, other in zip(with_projector, without))
+    assert len(shown) == 6
+    for (world, seed), cells in shown.items():
+        assert f"| {world} | {seed} | {' | '.join(cells)} |" in readme
+    by_arm = {arm: [run["accuracy"] for run in found["runs"] if run["arm"] == arm] for arm in long_video.ARMS}
+    pairs = list(zip(by_arm["pooled"], by_arm["pooled, projector"], strict=True))
+    assert all(one <= other for one, other in pairs)
+    assert sum(one < other for one, other in pairs) == 5
+    for swept in zip(*found["sweeps"].values(), strict=True):  # one combination, all arms of all worlds
+        assert len({(one["frames"], one["visual_tokens"]) for one in swept}) == 1
+        cells = " | ".join(f"{100 * one['accuracy']:.1f}" for one in swept)
+        assert f" | {swept[0]['visual_tokens']:.0f} | {cells} |" in readme
 
 
 def test_a_curve_is_drawn(tmp_path):
@@ -309,6 +314,21 @@ def test_the_diagnostics_that_are_shown_were_measured():
         figures = [one["accuracy"]["mean"], *one["accuracy"]["interval"]]
         assert "| {:.1f} ({:.1f} to {:.1f}) |".format(*(100 * figure for figure in figures)) in readme
     assert found["verdict"]["text"] in " ".join(readme.split())
+
+
+def test_the_trial_of_internalised_latents_that_is_shown_was_measured():
+    results = Path(internalisation.__file__).parent / "results"
+    full, alone = (
+        json.loads((results / f"internalisation_diagnostics_{arm}.json").read_text()) for arm in ("full", "stage2")
+    )
+    readme = (Path(internalisation.__file__).parents[2] / "README.md").read_text()
+    for group in ("oracle", *full["latents"]):
+        cells = []
+        for found in (full, alone):
+            one = (found["oracle"] if group == "oracle" else found["latents"][group])["accuracy"]
+            cells.append("{:.1f} ({:.1f} to {:.1f})".format(*(100 * x for x in (one["mean"], *one["interval"]))))
+        assert f"| {' | '.join(cells)} |" in readme, group
+    assert (full["verdict"]["status"], alone["verdict"]["status"]) == ("carry", "nothing to carry")
 
 
 def test_the_gate_that_is_shown_was_passed():
