@@ -92,6 +92,10 @@ class EvaluationArguments:
     latent_stop: str | None = _option(None, "budget or token; the checkpoint's by default.")
     batch_size: int = _option(8, "Questions at once.")
     num_workers: int = _option(4, "Processes that decode videos; 0 decodes between batches.")
+    compile: bool | None = _option(
+        None,
+        "Decode by compiled steps with a static cache: the first answers wait, long. By default on NVIDIA GPUs.",
+    )
     share_prefix: bool = _option(True, "Encode a video once for all questions about it.")
     dtype: str = _option("auto", "Type of the weights: auto, float32, bfloat16.")
     attention: str | None = _option(None, "sdpa, eager or flash_attention_2; transformers' choice by default.")
@@ -245,7 +249,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     sweep: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = []
     for protocol, reduction, options in product(protocols, reductions, arguments.latent_settings()):
         options = reduction | options
-        answerer = Answerer(model, processor, arguments.max_new_tokens, arguments.batch_size, **options)
+        is_compiled = model.device.type == "cuda" if arguments.compile is None else arguments.compile
+        answerer = Answerer(model, processor, arguments.max_new_tokens, arguments.batch_size, is_compiled, **options)
         latent, reduced = answerer.latent_options(), reduction_text(answerer.reducer)
         settings = {
             "model": public_name(arguments.model),

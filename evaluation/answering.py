@@ -6,6 +6,7 @@ vision tower and language model alike. Its keys and values are then copied to on
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,8 +19,11 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    Cache,
+    CompileConfig,
     DynamicCache,
     Qwen2_5_VLProcessor,
+    StaticCache,
     StoppingCriteria,
 )
 
@@ -27,11 +31,12 @@ from modeling_storms import StormsForConditionalGeneration, StormsProcessor, Sto
 from modeling_storms.temporal_storms import REDUCTIONS, TokenReducer
 
 from .benchmarks.base import Question
-from .clock import ModuleClock
+from .clock import ModuleClock, StepTimes
 from .protocols import Protocol, read_clip
 
 
 MEDIA = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+STATIC_STEP = 256  # positions by which a static cache grows
 
 
 def load_model(name: str, revision: str | None = None, dtype: str = "auto", attention: str | None = None) -> Any:
@@ -192,6 +197,8 @@ class Answerer:
         processor: as `load_model` gives it.
         max_new_tokens (`int`): longest answer; the tokens of latent blocks are added to it.
         batch_size (`int`): questions at once.
+        is_compiled (`bool`): decode by compiled steps (on NVIDIA GPUs captured as graphs) with a static cache. For
+            many answers: the first ones wait for the compiler. If it fails, a warning tells, and they run uncompiled.
         options: of `generate`: `latent_mode`, `latent_size`, ..., and `temporal_pool`, `spatial_pool` and
             `temporal_sampling`, instead of the checkpoint's.
 
@@ -204,8 +211,20 @@ class Answerer:
         ValueError: if a latent option or a reduction is given for a model that has none of this, or is none.
     """
 
-    def __init__(self, model: Any, processor: Any, max_new_tokens: int = 32, batch_size: int = 8, **options: Any):
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        max_new_tokens: int = 32,
+        batch_size: int = 8,
+        is_compiled: bool = False,
+        **options: Any,
+    ):
         self.model, self.processor = model, processor
+        self.is_compiled = is_compiled
+        self.compile_config = CompileConfig() if model.device.type == "cuda" else CompileConfig(mode="default")
+        self.compile_config._compile_all_devices = True  # transformers compiles on accelerators only, unless told
+        self._static: StaticCache | None = None
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self.is_latent = hasattr(model, "latent_tokens")
         self.reduction = {name: options.pop(name) for name in REDUCTIONS if name in options}
@@ -283,16 +302,13 @@ class Answerer:
         replies: list[list[Reply]] = [[] for _ in texts]
         for begin in range(0, len(rows), self.batch_size):
             batch = rows[begin : begin + self.batch_size]
-            used = torch.tensor([clip for clip, _ in batch], device=self.model.device)
             with self._reduced():
-                answered = self._answer_rows(
-                    {name: value[used] for name, value in encoded.prefix.items()},
-                    {name: value[used] for name, value in encoded.media.items()},
-                    _rows_of(encoded.cache, used),
-                    [suffix for _, suffix in batch],
-                    keep_logits,
-                    self.options | options,
-                )
+                try:
+                    answered = self._answer_rows(encoded, batch, keep_logits, self.options | options)
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    warnings.warn(f"Steps can't be compiled here, and are run as they are: {error}", stacklevel=2)
+                    self.is_compiled, self._static = False, None
+                    answered = self._answer_rows(encoded, batch, keep_logits, self.options | options)
             for (clip, _), reply in zip(batch, answered):
                 replies[clip].append(reply)
         return replies
@@ -372,29 +388,40 @@ class Answerer:
 
     def _answer_rows(
         self,
-        prefix: Mapping[str, torch.Tensor],
-        media: Mapping[str, torch.Tensor],
-        cache: DynamicCache,
-        suffixes: Sequence[torch.Tensor],
+        clips: EncodedClips,
+        batch: Sequence[tuple[int, torch.Tensor]],
         keep_logits: bool,
         options: dict[str, Any],
     ) -> list[Reply]:
+        """Replies to pairs of a clip's index and a question's ids."""
+        rows = list(batch)
+        if self.is_compiled:  # the last row again, up to a power of two: each number of rows is compiled once
+            rows += rows[-1:] * ((1 << (len(rows) - 1).bit_length()) - len(rows))
+        used = torch.tensor([clip for clip, _ in rows], device=self.model.device)
         # `[room][prefix][room][question]`: keys of the prefix stand where they were computed.
-        suffix = self._pad(suffixes, [torch.zeros_like(one) for one in suffixes])
-        inputs = {name: torch.cat([prefix[name], suffix[name]], dim=1) for name in prefix}
+        suffix = self._pad([ids for _, ids in rows], [torch.zeros_like(ids) for _, ids in rows])
+        inputs = {name: torch.cat([value[used], suffix[name]], dim=1) for name, value in clips.prefix.items()}
         length = inputs["input_ids"].shape[1]
-        stop = []
+        stop: list[StoppingCriteria] = []
         room = 0
         latent = self.latent_options(**options)
         if "latent_size" in latent:
             room = latent["max_latent_blocks"] * (latent["latent_size"] + 2)
             ids = self.processor.latent_token_ids
             stop = [_TextBudget(length, self.max_new_tokens, torch.tensor(ids, device=self.model.device))]
-        with self.clock.running() as passes:
+        cache: Cache
+        if self.is_compiled:
+            cache = self._static_rows(clips.cache, used, length + self.max_new_tokens + room)
+            options = {"compile_config": self.compile_config, **options}
+            stop.append(steps := StepTimes(self.clock.now))
+            timed: AbstractContextManager[list[float]] = nullcontext(steps.seconds)
+        else:
+            cache, timed = _rows_of(clips.cache, used), self.clock.running()
+        with timed as passes:
             out = self.model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
-                position_ids=self._positions(inputs, media),
+                position_ids=self._positions(inputs, {name: value[used] for name, value in clips.media.items()}),
                 past_key_values=cache,
                 max_new_tokens=self.max_new_tokens + room,
                 stopping_criteria=stop,
@@ -419,7 +446,19 @@ class Answerer:
             is_text = ~torch.isin(new_ids, torch.tensor(latent_ids, device=new_ids.device))
             for row, (reply, step) in enumerate(zip(replies, is_text.int().argmax(1).tolist())):
                 reply.first_logits = out.logits[step][row].float().cpu()
-        return replies
+        return replies[: len(batch)]
+
+    def _static_rows(self, cache: DynamicCache, rows: torch.Tensor, length: int) -> StaticCache:
+        """Like `_rows_of`, with room for `length` positions. A captured graph knows its cache by the address: the last
+        batch's is used again where it has the right size."""
+        length = -(-length // STATIC_STEP) * STATIC_STEP
+        static = self._static
+        if static is None or (static.layers[0].batch_size, static.layers[0].max_cache_len) != (len(rows), length):
+            self._static = static = StaticCache(config=self.model.config.get_text_config(), max_cache_len=length)
+        static.reset()
+        for index, layer in enumerate(cache.layers):
+            static.update(layer.keys[rows], layer.values[rows], index)
+        return static
 
 
 class _TextBudget(StoppingCriteria):

@@ -6,9 +6,28 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import StoppingCriteria
 
 
 MODULES = ("vision tower", "projector", "prefill", "latent block", "decode")
+
+
+class StepTimes(StoppingCriteria):
+    """Seconds of each step of a `generate` call, from outside of it: no hook runs inside of a compiled step.
+
+    Args:
+        now (`Callable`): tells the seconds.
+    """
+
+    def __init__(self, now: Callable[[], float]):
+        self.now, self.last = now, now()
+        self.seconds: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        now = self.now()
+        self.seconds.append(now - self.last)
+        self.last = now
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class ModuleClock:

@@ -81,7 +81,7 @@ class Storms(lmms):
         model, self.processor = load_model(pretrained, revision, dtype, attention)
         self.model = model if device is None else model.to(device)
         self.batch_size, self.num_workers = int(batch_size), int(num_workers)
-        options = {"latent_mode": latent_mode, "latent_size": latent_size, "latent_stop": latent_stop}
+        options: dict[str, Any] = {"latent_mode": latent_mode, "latent_size": latent_size, "latent_stop": latent_stop}
         options |= {"temporal_pool": temporal_pool, "spatial_pool": spatial_pool}
         options |= {"temporal_sampling": temporal_sampling}
         self.options = {name: value for name, value in options.items() if value is not None}

@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
         "--static_cache", action="store_true", help="answer: a static cache, with which a GPU's steps are compiled"
     )
     parser.add_argument("--frames", type=int, nargs="+", default=[32, 128], help="long_video: of the video (32 128)")
-    parser.add_argument("--compile", action="store_true", help="decode_step: compile on a CPU, too (minutes)")
+    parser.add_argument("--compile", action="store_true", help="decode_step, evaluation: also on a CPU (minutes)")
     parser.add_argument(
         "--num_layers", type=int, nargs="+", default=[3, 36], help="off_mode: decoder layers; a 3B model has 36 (3 36)"
     )

@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import Cache, CompileConfig, DynamicCache, StaticCache, StoppingCriteria
+from transformers import Cache, CompileConfig, DynamicCache, StaticCache
 
+from evaluation.clock import StepTimes
 from recipes.init_checkpoint import build_tiny_base, convert
 
 from .harness import Bench, PeakMemory, Result, Work, beside_floor, console, goal, summarize
@@ -329,23 +330,6 @@ def answer_memory(config: Any, inputs: Any, new_tokens: int, itemsize: int) -> i
 # ------------------------------------------------------------------ decoding steps
 
 
-class StepClock(StoppingCriteria):
-    """Notes when each step of a `generate` call is done."""
-
-    def __init__(self, bench: Bench):
-        self.bench = bench
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        self.times.append(self.bench.clock())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-    @property
-    def step(self) -> float:
-        """Median seconds of a step; the first is the prompt's."""
-        return statistics.median(b - a for a, b in zip(self.times[1:], self.times[2:]))
-
-
 def measure_decode_step(bench: Bench) -> list[Result]:
     """a decoding step: growing cache, static cache, compiled (on GPUs, or with --compile)"""
     results = []
@@ -376,9 +360,9 @@ def _decode_step(bench: Bench, name: str, model: Any, batch_size: int) -> list[R
     steps: dict[str, list[float]] = {way: [] for way in options}
 
     def generate(way: str) -> None:
-        clock = StepClock(bench)
-        model.generate(**shared, **options[way], stopping_criteria=[clock])
-        steps[way].append(clock.step)
+        times = StepTimes(bench.clock)
+        model.generate(**shared, **options[way], stopping_criteria=[times])
+        steps[way].append(statistics.median(times.seconds[2:]))  # after the prompt's, and the first's preparations
 
     ways = bench.try_out({way: partial(generate, way) for way in options})
     for way in ways:

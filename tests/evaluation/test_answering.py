@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -111,6 +112,49 @@ def test_batches_with_shared_prefixes_answer_like_one_question_at_a_time(pair, r
                 assert reply.latent_stop_reason == out.latent_stop_reasons[0]
                 torch.testing.assert_close(reply.latent_states, out.latent_states[0], atol=1e-4, rtol=1e-4)
     assert len(set(texts)) > len(texts) / 2, "the test compares nothing if all answers are alike"
+
+
+@pytest.mark.parametrize(
+    "mode", ["auto", "bottleneck", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("plain", "off", "force"))]
+)
+def test_compiled_steps_give_the_same_answers_and_compile_for_each_size_once(pair, clips, mode):
+    model, processor = pair[mode != "plain"].eval(), pair[2]
+    expected = Answerer(model, processor, 12, 4, **MODES[mode]).answer(clips, QUESTIONS)
+    compiled = Answerer(model, processor, 12, 4, is_compiled=True, **MODES[mode])
+    compiled.compile_config.backend = "aot_eager"  # as the other, without minutes of code generation
+    torch.compiler.reset()
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        found = [compiled.answer(clips, QUESTIONS)]
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs > 0
+        # Batches of four and two rows, then of one, as of two clips only: made up to a power of two.
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            found.append(compiled.answer(clips, QUESTIONS))
+            three = compiled.answer(clips[:1], QUESTIONS[:1])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    for answered in (*found, [three[0], *found[0][1:]]):
+        for replies, others in zip(answered, expected):
+            assert len(replies) == len(others)
+            for reply, other in zip(replies, others):
+                assert (reply.text, reply.latent_stop_reason) == (other.text, other.latent_stop_reason)
+                torch.testing.assert_close(reply.latent_states, other.latent_states, atol=1e-4, rtol=1e-4)
+    taken = compiled.clock.take()
+    assert (taken["latent block"] > 0) == (mode in ("force", "bottleneck"))
+    assert min(taken["prefill"], taken["decode"]) > 0
+
+
+def test_where_nothing_compiles_steps_run_as_they_are(pair, clips):
+    def broken(graph, inputs):
+        raise OSError("no compiler here")
+
+    answerer = Answerer(pair[1].eval(), pair[2], 6, is_compiled=True, latent_mode="force", latent_size=2)
+    expected = Answerer(pair[1], pair[2], 6, latent_mode="force", latent_size=2).answer(clips, QUESTIONS)
+    answerer.compile_config.backend = broken
+    torch.compiler.reset()
+    with pytest.warns(UserWarning, match=r"(?s)can't be compiled here, and are run as they are: .*no compiler here"):
+        found = answerer.answer(clips, QUESTIONS)
+    assert [[one.text for one in given] for given in found] == [[one.text for one in given] for given in expected]
+    assert not answerer.is_compiled
 
 
 def test_question_states_are_those_of_the_whole_prompt_in_one_pass(reduced):
