@@ -37,7 +37,7 @@ from dataset_builder.thought_video import encode_video
 from evaluation.prompts import storms_prompt
 from modeling_storms import StormsForConditionalGeneration, StormsProcessor
 from recipes import sft, stage1, stage2
-from recipes.answers import answer_rows
+from recipes.answers import answer_rows, compare_solvers
 from recipes.collator import StormsCollator
 from recipes.data import load_split
 from recipes.experiments import perception
@@ -349,6 +349,20 @@ def measure_cost(root: Path, grid: Mapping[str, Any], rounds: int = 5) -> dict[s
     return {name: statistics.median(found[1:]) for name, found in seconds.items()}
 
 
+def measure_solvers(root: Path, grid: Mapping[str, Any], num_rows: int = 100) -> list[dict[str, Any]]:
+    """What slots found in parallel are worth where each depends on the one before: `compare_solvers` of `full`, of the
+    first seed, if that is trained."""
+    swaps, stages = grid["variant_swaps"], grid["arms"]["full"]
+    checkpoint = root / f"seed{grid['seeds'][0]}" / f"{swaps} swaps" / "full" / str(len(stages) - 1)
+    if not (checkpoint / "training.json").is_file():
+        return []
+    model, collator, rows, options = _ready_to_answer(checkpoint, write_task(root, grid, swaps), stages, swaps)
+    del options["latent_mode"]
+    size = options["latent_size"]
+    passes = [*(count for count in (1, 2, 3, 4, 6) if count < size), size]
+    return compare_solvers(model, collator, rows[:num_rows], passes, batch_size=50, **options)
+
+
 def collect(root: Path) -> dict[str, Any]:
     """The figures of all runs in a folder: `runs`, and by arm the mean of its `interventions`."""
     runs = [json.loads(path.read_text()) for path in sorted(root.glob("seed*/* swaps/*/run.json"))]
@@ -421,7 +435,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             for swaps in known[name]["swaps"]:
                 if swaps in (arguments.swaps or known[name]["swaps"]):
                     run_arm(root, grid, name, known[name], swaps, seed)
-    results = {**collect(root), "seconds_per_item": measure_cost(root, grid)}
+    results = {**collect(root), "seconds_per_item": measure_cost(root, grid), "solvers": measure_solvers(root, grid)}
     for path in (root / "internalisation.json", arguments.results):
         if path is not None:
             Path(path).write_text(json.dumps(results, indent=2) + "\n")

@@ -151,6 +151,8 @@ def test_the_experiment_on_latents_runs_whole_and_repeats_nothing(tmp_path):
     again = internalisation.main(argv)
     assert all(one > 0 for one in again.pop("seconds_per_item").values())
     assert again == results
+    assert [one["iterations"] for one in results["solvers"]] == [None, 1, 2, 3, 4]
+    assert results["solvers"][-1]["same_answer"] == 1
     (full,) = (run for run in results["runs"] if run["arm"] == "full")
     assert [len(accuracies) for accuracies in full["probes"]] == [3] * 4  # times by slots
     assert all(0 <= one <= 1 for accuracies in full["probes"] for one in accuracies)
@@ -247,7 +249,7 @@ def test_what_an_arm_has_in_common_with_another_is_trained_once(tmp_path):
         (tmp_path / "full, teacher-forced" / number / "training.json").touch()
     found = [internalisation._trained_alike(tmp_path / "full", grid, stages[:count]) for count in (1, 2, 3)]
     assert found == [tmp_path / "full, teacher-forced" / "0", tmp_path / "full" / "1", tmp_path / "full" / "2"]
-    own = internalisation._trained_alike(tmp_path / "stage 1", grid, grid["ablations"]["stage 1"])
+    own = internalisation._trained_alike(tmp_path / "stage 1", grid, grid["arms"]["stage 1"])
     assert own == tmp_path / "stage 1" / "0"  # trained for longer
 
 
@@ -256,7 +258,7 @@ def test_variants_are_for_the_first_seed_and_the_curve_for_all():
     arms = internalisation.list_arms(grid)
     assert set(arms) >= {*grid["arms"], *grid["ablations"], *grid["variants"]}
     assert (arms["full"]["swaps"], arms["full"]["seeds"]) == ([2, 4, 6, 8], [0, 1, 2])
-    assert (arms["stage 2"]["swaps"], arms["stage 2"]["seeds"]) == ([6], [0, 1, 2])
+    assert (arms["chain of thought"]["swaps"], arms["chain of thought"]["seeds"]) == ([6], [0, 1, 2])
     assert (arms["full, pad"]["swaps"], arms["full, pad"]["seeds"]) == ([6], [0])
 
 
