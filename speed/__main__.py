@@ -1,6 +1,6 @@
 """Measure what our code costs, beside the machine's own limits.
 
-    python -m speed                                  # every workload, about ten minutes on a CPU
+    python -m speed                                  # every workload, a quarter of an hour on a CPU
     python -m speed answer --batch_sizes 1           # one of them
     python -m speed answer decode_step --device cuda --model 7b     # shapes of a release, random weights
     python -m speed profile                          # traces, and the largest costs in words
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .generation import measure_answer, measure_decode_step, measure_latent_size, measure_off_mode
+from .generation import measure_answer, measure_decode_step, measure_latent_size, measure_off_mode, measure_solver
 from .harness import Bench, Result, command_line, write
 from .modules import measure_long_video, measure_prefill
 from .pipelines import measure_builder, measure_decode, measure_evaluation
@@ -33,6 +33,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler's own messages
 WORKLOADS: dict[str, Callable[[Bench], list[Result]]] = {
     "off_mode": measure_off_mode,
     "answer": measure_answer,
+    "solver": measure_solver,
     "latent_size": measure_latent_size,
     "prefill": measure_prefill,
     "decode_step": measure_decode_step,
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("speed/results"), help="folder for JSON (%(default)s)")
     parser.add_argument(
-        "--batch_sizes", type=int, nargs="+", default=[], help="answer (1 8 32), prefill and decode_step (1 8)"
+        "--batch_sizes", type=int, nargs="+", default=[], help="answer (1 8 32), solver, prefill and decode_step (1 8)"
     )
     parser.add_argument(
         "--text_tokens", type=int, nargs="+", default=[128, 512], help="answer: lengths of text reasoning (128 512)"

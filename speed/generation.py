@@ -25,6 +25,9 @@ from .shapes import (
 
 
 LATENT_SIZE = 8
+NUM_PASSES = 3  # of the parallel solver
+BLOCK, PARALLEL = f"latent, K = {LATENT_SIZE}", f"latent, K = {LATENT_SIZE}, Jacobi"
+REFORWARD = f"{LATENT_SIZE + 1} passes"
 ANSWER_TOKENS = 8
 TOOL_ROUNDS, TOOL_TOKENS, TOOL_FRAMES = 3, 200, 8
 NUM_FRAMES = 32
@@ -35,9 +38,13 @@ def fixed(num_tokens: int, **options: Any) -> dict[str, Any]:
     return {"min_new_tokens": num_tokens, "max_new_tokens": num_tokens, "latent_mode": "off", **options}
 
 
-def latent(latent_size: int = LATENT_SIZE) -> dict[str, Any]:
+def latent(latent_size: int = LATENT_SIZE, **options: Any) -> dict[str, Any]:
     """A forced block, its two markers, and the answer."""
-    return fixed(latent_size + 2 + ANSWER_TOKENS, latent_mode="force", latent_size=latent_size)
+    return fixed(latent_size + 2 + ANSWER_TOKENS, latent_mode="force", latent_size=latent_size, **options)
+
+
+def jacobi(num_passes: int = NUM_PASSES) -> dict[str, Any]:
+    return latent(latent_solver="jacobi", jacobi_iterations=num_passes)
 
 
 # ------------------------------------------------------------------ off mode
@@ -83,7 +90,7 @@ def _off_mode(bench: Bench, num_layers: int) -> Result:
 
 
 def measure_answer(bench: Bench) -> list[Result]:
-    """an answer about 32 frames: direct, latent, text reasoning, a tool loop, K + 1 passes"""
+    """an answer about 32 frames: direct, latent (both solvers), text reasoning, a tool loop, K + 1 passes"""
     results = []
     for name in bench.models_or("tiny"):
         model = build(name, bench.device, bench.dtype)
@@ -111,30 +118,30 @@ def _answer(bench: Bench, name: str, model: Any, batch_size: int) -> list[Result
         return lambda: model.generate(**inputs, **options, past_key_values=cache())
 
     ways: dict[str, Callable[[], Any]] = {"direct": generate(**fixed(ANSWER_TOKENS))}
-    ways[f"latent, K = {LATENT_SIZE}"] = generate(**latent())
+    ways |= {BLOCK: generate(**latent()), PARALLEL: generate(**jacobi())}
     for count in bench.text_tokens:
         ways[f"text of {count} tokens"] = generate(**fixed(count + ANSWER_TOKENS))
     ways["tool loop"] = lambda: tool_loop(model, inputs, clip, cache(), TOOL_TOKENS)
-    ways[f"{LATENT_SIZE + 1} passes"] = partial(reforward, model, inputs)
+    ways[REFORWARD] = partial(reforward, model, inputs)
     floors = _answer_floors(bench, model.config, inputs, clip, batch_size)
 
     # 1. Warm up on less: a long text repeats the direct answer's steps.
-    block, passes = f"latent, K = {LATENT_SIZE}", f"{LATENT_SIZE + 1} passes"
     short: dict[str, Callable[[], Any]] = {
         "direct": ways["direct"],
-        block: ways[block],
-        passes: partial(reforward, model, inputs, 1),
+        BLOCK: ways[BLOCK],
+        PARALLEL: ways[PARALLEL],
+        REFORWARD: partial(reforward, model, inputs, 1),
     }
     short["tool loop"] = lambda: tool_loop(model, inputs, clip, cache(), 2)
     fitting = bench.try_out(short)
-    if not {"direct", block} <= fitting.keys():
+    if not {"direct", BLOCK} <= fitting.keys():
         return []
     # 2. Ways that take a moment in many rounds, the long ones beside the same two in the few that there is time for.
-    quick = [way for way in ("direct", block, passes) if way in fitting]
+    quick = [way for way in ("direct", BLOCK, PARALLEL, REFORWARD) if way in fitting]
     slow = [way for way in ways if way not in quick and (way in fitting or way not in short)]
     measured: dict[str, dict[str, list[float]]] = {}
     for group in (quick, slow):
-        turns = dict.fromkeys(["direct", block, *group])
+        turns = dict.fromkeys(["direct", BLOCK, *group])
         seconds = bench.measure({way: ways[way] for way in turns}, f"answers of {name}, batch {batch_size}")
         measured |= {way: {**seconds, "this": seconds[way]} for way in group}
     # 3. Each way beside the direct one, the latent one, and its floor.
@@ -147,9 +154,9 @@ def _answer(bench: Bench, name: str, model: Any, batch_size: int) -> list[Result
             "prompt_tokens": inputs["input_ids"].shape[1],
             **summarize({"direct": seconds["direct"], "this": seconds["this"]}, "this", "direct"),
         }
-        result["over_latent"] = summarize(seconds, "this", block)["ratio"]
+        result["over_latent"] = summarize(seconds, "this", BLOCK)["ratio"]
         result |= beside_floor(result["median_seconds"]["this"], floors[way])
-        if batch_size == 1 and way == block:
+        if batch_size == 1 and way in (BLOCK, PARALLEL):
             result |= goal("times direct", result["ratio"], at_most=1.15)
         if batch_size == 1 and way == "text of 512 tokens":
             result |= goal("times latent", result["over_latent"], at_least=8)
@@ -168,10 +175,11 @@ def _answer_floors(bench: Bench, config: Any, inputs: Any, clip: Any, batch_size
     def text(count: int) -> float:
         return floor(answer_works(config, grids, prompt, count, batch_size, itemsize))
 
-    floors = {"direct": text(ANSWER_TOKENS), f"latent, K = {LATENT_SIZE}": text(LATENT_SIZE + 2 + ANSWER_TOKENS)}
+    floors = {"direct": text(ANSWER_TOKENS), BLOCK: text(LATENT_SIZE + 2 + ANSWER_TOKENS)}
+    floors[PARALLEL] = text(2 + ANSWER_TOKENS) + floor(solver_works(config, prompt, NUM_PASSES, batch_size, itemsize))
     floors |= {f"text of {count} tokens": text(count + ANSWER_TOKENS) for count in bench.text_tokens}
     whole = floor(answer_works(config, grids, prompt, 1, batch_size, itemsize))
-    floors[f"{LATENT_SIZE + 1} passes"] = (LATENT_SIZE + 1) * whole
+    floors[REFORWARD] = (LATENT_SIZE + 1) * whole
     works = answer_works(config, grids, prompt, TOOL_TOKENS, batch_size, itemsize)
     shown = int((clip["input_ids"][0] == config.video_token_id).sum()) + 2
     context = prompt + TOOL_TOKENS
@@ -258,6 +266,65 @@ def reforward(model: Any, inputs: Any, latent_size: int = LATENT_SIZE) -> torch.
         if slot < latent_size:
             states[:, slot] = found.latent_states[:, slot]
     return states
+
+
+# ------------------------------------------------------------------ slots, one after another or all at once
+
+
+def measure_solver(bench: Bench) -> list[Result]:
+    """a block of eight slots in 1 to 8 Jacobi passes, against one slot after another"""
+    results = []
+    for name in bench.models_or("narrow"):
+        model = build(name, bench.device, bench.dtype)
+        for batch_size in bench.batch_sizes or (1, 8):
+            results += _solver(bench, name, model, batch_size)
+        del model
+    return results
+
+
+def _solver(bench: Bench, name: str, model: Any, batch_size: int) -> list[Result]:
+    prompt, itemsize = video_inputs(name, NUM_FRAMES)["input_ids"].shape[1], bench.dtype.itemsize
+    # As many ids as a prompt about a video has, which run once: a slot does not depend on where its keys came from.
+    ids = torch.randint(0, 300, (batch_size, prompt), device=bench.device)
+    prefix = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model.model(input_ids=ids[:, :-1], past_key_values=prefix, use_cache=True)
+    shared = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    counts = (1, 2, 3, 4, 6, LATENT_SIZE)
+    options = {"sequential": latent()} | {f"{count} passes": jacobi(count) for count in counts}
+    blocks: dict[str, list[float]] = {way: [] for way in options}
+
+    def generate(way: str) -> None:
+        times = StepTimes(bench.clock)
+        model.generate(**shared, **options[way], past_key_values=copy.deepcopy(prefix), stopping_criteria=[times])
+        # From the pass of `<|latent_start|>` to that of the last slot; the prompt's came before.
+        blocks[way].append(sum(times.seconds[1 : LATENT_SIZE + 2]))
+
+    ways = bench.try_out({way: partial(generate, way) for way in options})
+    for found in blocks.values():
+        found.clear()
+    bench.measure(ways, f"blocks of {name}, batch {batch_size}")
+    begin = decode_work(model.config, prompt, batch_size, itemsize).floor(bench.peaks)
+    slots = [decode_work(model.config, prompt + 1 + slot, batch_size, itemsize) for slot in range(LATENT_SIZE)]
+    results = []
+    for way in ways:
+        works = slots
+        if way != "sequential":
+            works = solver_works(model.config, prompt, int(way.split()[0]), batch_size, itemsize)
+        result: Result = {
+            "workload": f"a block of {LATENT_SIZE} slots, in passes over all of them, against one after another",
+            "model": f"{name}, batch {batch_size}, {way}",
+            "context": prompt,
+            **summarize({"sequential": blocks["sequential"], "this": blocks[way]}, "this", "sequential"),
+        }
+        floor = begin + sum(work.floor(bench.peaks) for work in works)
+        results.append(result | beside_floor(result["median_seconds"]["this"], floor))
+    return results
+
+
+def solver_works(config: Any, prompt: int, num_passes: int, batch_size: int, itemsize: int) -> list[Work]:
+    """Of the passes over a block's slots."""
+    return [prefill_work(config, LATENT_SIZE, batch_size, itemsize, prompt + 1)] * num_passes
 
 
 # ------------------------------------------------------------------ the number of slots

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 TINIEST = {
     "off_mode": ["--num_layers", "2", "--new_tokens", "4"],
     "answer": ["--batch_sizes", "1", "2", "--text_tokens", "4", "--static_cache"],
+    "solver": ["--model", "tiny", "--batch_sizes", "2"],
     "latent_size": ["--model", "tiny"],
     "prefill": ["--model", "tiny", "--batch_sizes", "2"],
     "decode_step": ["--model", "tiny", "--batch_sizes", "2"],
@@ -51,12 +52,21 @@ def test_workload_writes_figures_beside_floors(tmp_path, capsys, monkeypatch, wo
 
 
 def check_answer(results):
-    ways = ["direct", "latent, K = 8", "text of 4 tokens", "tool loop", "9 passes"]
+    ways = ["direct", "latent, K = 8", "latent, K = 8, Jacobi", "text of 4 tokens", "tool loop", "9 passes"]
     assert [one["model"] for one in results] == [f"tiny, batch {size}, {way}" for size in (1, 2) for way in ways]
     floors = {one["model"].removeprefix("tiny, batch 1, "): one["floor_seconds"] for one in results}
     assert floors["direct"] < floors["latent, K = 8"] < floors["tool loop"]
-    assert [one["model"] for one in results if "goal" in one] == ["tiny, batch 1, latent, K = 8"]
-    assert all(one["over_latent"] == 1 for one in results if "latent" in one["model"])
+    assert floors["direct"] < floors["latent, K = 8, Jacobi"] < floors["latent, K = 8"]
+    assert [one["model"] for one in results if "goal" in one] == [f"tiny, batch 1, {way}" for way in ways[1:3]]
+    assert all(one["over_latent"] == 1 for one in results if one["model"].endswith("K = 8"))
+
+
+def check_solver(results):
+    ways = ["sequential", *(f"{count} passes" for count in (1, 2, 3, 4, 6, 8))]
+    assert [one["model"] for one in results] == [f"tiny, batch 2, {way}" for way in ways]
+    floors = [one["floor_seconds"] for one in results[1:]]
+    assert floors == sorted(floors)
+    assert floors[0] < 0.5 * results[0]["floor_seconds"]
 
 
 def check_latent_size(results):
@@ -163,6 +173,13 @@ def test_readme_shows_the_committed_results():
     for way, columns in ratios.items():
         assert list(columns) == ["batch 1", "batch 8", "batch 32"]
         assert f"| {way} | {' | '.join(columns.values())} |" in readme
+
+    passes = {}
+    for result in committed("solver"):
+        _, batch, _ = result["model"].split(", ")
+        passes.setdefault(batch, []).append(f"{result['ratio']:.2f}")
+    for batch, (sequential, *ratios) in passes.items():
+        assert f"| time of a block, {batch} | {' | '.join(ratios)} | {sequential} |" in readme
 
     (memory,) = {f"{result['memory_of_formula']:.2f}" for result in committed("latent_size")}
     assert f"Memory of a latent answer is {memory} times its formula" in readme

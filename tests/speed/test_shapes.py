@@ -7,7 +7,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from modeling_storms import StormsForConditionalGeneration
-from speed.generation import TOOL_ROUNDS, answer_memory, latent, reforward, tool_loop
+from speed.generation import TOOL_ROUNDS, answer_memory, latent, reforward, solver_works, tool_loop
 from speed.harness import Bench, PeakMemory, Peaks, Work, goal, summarize
 from speed.shapes import (
     answer_works,
@@ -110,6 +110,9 @@ def test_what_the_shapes_say_in_the_readme():
 
     assert [f"{floor(18, size) / floor(8, size):.2f}" for size in (1, 8, 32)] == ["1.27", "1.05", "1.02"]
     assert f"{floor(520) / floor(18):.1f}" == "11.7"
+    length = prompt["input_ids"].shape[1]
+    parallel = floor(10) + sum(work.floor(peaks) for work in solver_works(config, length, 3, 1, 2))
+    assert f"{parallel / floor(8):.2f}, {floor(520) / parallel:.1f}" == "1.14, 13.1"
 
 
 @pytest.mark.parametrize(("name", "num_weights"), [("3b", 3_754_622_976), ("7b", 8_292_166_656)])
