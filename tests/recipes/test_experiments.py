@@ -279,6 +279,13 @@ def test_the_evidence_that_is_shown_was_measured():
             assert any(f"| {changed['follows_donor']:.1%} | {changed['noise']:.1%} |" in line for line in shown), arm
 
 
+def test_the_passes_that_are_shown_were_measured():
+    found = json.loads((Path(internalisation.__file__).parent / "results" / "internalisation.json").read_text())
+    sequential, *passes = found["solvers"]
+    shown = [f"{one['accuracy']:.1%}" for one in (*passes, sequential)]
+    assert f"| right | {' | '.join(shown)} |" in (Path(internalisation.__file__).parents[2] / "README.md").read_text()
+
+
 def test_solvers_agree_where_they_must(model, processor):
     rows, collator = make_rows(3), StormsCollator(processor, latent_size=3)
     sequential, first, last = compare_solvers(model, collator, rows, (1, 3), latent_size=3, max_new_tokens=4)
