@@ -255,7 +255,8 @@ def test_the_command_writes_what_a_model_card_takes(checkpoint, dataset, tmp_pat
 def test_a_sweep_answers_as_one_question_at_a_time_with_its_frames_and_reduction(
     pair, checkpoint, dataset, videos, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setenv("COLUMNS", "250")
+    # Not by the environment: `Dataset.map` with processes replaces `os.environ`, and rich goes on reading the old one.
+    monkeypatch.setattr("rich.console.Console._environ", {"COLUMNS": "250"})
     given = flags(checkpoint, dataset, tmp_path / "out")
     given += ["--frames", "4,8", "--temporal_pool", "1,2", "--spatial_pool", "4", "--latent_mode", "off"]
     results = main(given)
