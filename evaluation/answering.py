@@ -31,7 +31,7 @@ from modeling_storms import StormsForConditionalGeneration, StormsProcessor, Sto
 from modeling_storms.temporal_storms import REDUCTIONS, TokenReducer
 
 from .benchmarks.base import Question
-from .clock import ModuleClock, StepTimes
+from .clock import ModuleClock, PassTimes, StepTimes
 from .protocols import Protocol, read_clip
 
 
@@ -271,7 +271,7 @@ class Answerer:
                 if one.token_reduction is not None:
                     self.model.model.check_reduction(one.token_reduction)
             cache = self._run_prefix(prefix, media)
-        self.clock.add_passes(passes)
+        self.clock.add_steps(passes.seconds)
         self.num_video_tokens += sum(one.record["num_video_tokens"] for one in clips)
         return EncodedClips(prefix, {name: media[name] for name in MEDIA if name != "pixel_values_videos"}, cache)
 
@@ -413,18 +413,17 @@ class Answerer:
         if self.is_compiled:
             cache = self._static_rows(clips.cache, used, length + self.max_new_tokens + room)
             options = {"compile_config": self.compile_config, **options}
-            stop.append(steps := StepTimes(self.clock.now))
-            timed: AbstractContextManager[list[float]] = nullcontext(steps.seconds)
+            timed: AbstractContextManager[StepTimes | PassTimes] = nullcontext(StepTimes(self.clock.now))
         else:
             cache, timed = _rows_of(clips.cache, used), self.clock.running()
-        with timed as passes:
+        with timed as steps:
             out = self.model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 position_ids=self._positions(inputs, {name: value[used] for name, value in clips.media.items()}),
                 past_key_values=cache,
                 max_new_tokens=self.max_new_tokens + room,
-                stopping_criteria=stop,
+                stopping_criteria=[*stop, steps],
                 output_logits=keep_logits,
                 return_dict_in_generate=True,
                 # Released checkpoints have a repetition penalty, which would count the letters of the options as said,
@@ -432,7 +431,7 @@ class Answerer:
                 **{"do_sample": False, "repetition_penalty": 1.0, **options},
             )
         new_ids = out.sequences[:, length:]
-        self.clock.add_passes(passes, new_ids)
+        self.clock.add_steps(steps.seconds, new_ids)
         texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
         latent_ids = self.processor.latent_token_ids if self.is_latent else []
         no_text = torch.tensor([*self.processor.tokenizer.all_special_ids, *latent_ids], device=new_ids.device)

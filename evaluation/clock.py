@@ -30,6 +30,23 @@ class StepTimes(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
+class PassTimes(StoppingCriteria):
+    """Seconds of the language model's passes, added up for each step of a `generate` call that is given this.
+
+    A step may make several passes, or none where an earlier one ran ahead. Outside of `generate` all is one step.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = [0.0]
+
+    def add(self, seconds: float) -> None:
+        self.seconds[-1] += seconds
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.seconds.append(0.0)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 class ModuleClock:
     """Adds up the seconds that a model's modules take.
 
@@ -53,36 +70,36 @@ class ModuleClock:
         return taken
 
     @contextmanager
-    def running(self) -> Iterator[list[float]]:
-        """Times what runs within. Gives a list that fills with the seconds of the language model's passes, which
-        `add_passes` sorts."""
-        passes: list[float] = []
+    def running(self) -> Iterator[PassTimes]:
+        """Times what runs within. Gives what counts the language model's passes: a stopping criterion for `generate`,
+        whose seconds `add_steps` sorts."""
+        passes = PassTimes()
         hooks = self._watch(self.model.model.visual, lambda seconds: self._add("vision tower", seconds))
         if (projector := getattr(self.model.model, "temporal_projector", None)) is not None:
             hooks += self._watch(projector, lambda seconds: self._add("projector", seconds))
-        hooks += self._watch(self.model.model.language_model, passes.append)
+        hooks += self._watch(self.model.model.language_model, passes.add)
         try:
             yield passes
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def add_passes(self, passes: Sequence[float], new_ids: torch.Tensor | None = None) -> None:
-        """Sort passes of the language model into prefill, latent block and decode.
+    def add_steps(self, seconds: Sequence[float], new_ids: torch.Tensor | None = None) -> None:
+        """Sort a call's steps into prefill, latent block and decode.
 
         Args:
-            passes (`Sequence[float]`): seconds of each.
-            new_ids (`torch.Tensor` of shape `(batch, num_new)`, *optional*): what `generate` appended. Each but the
-                last was fed in a pass of its own; what came before that is prefill, without any everything.
+            seconds (`Sequence[float]`): of each step, as `StepTimes` and `PassTimes` have them.
+            new_ids (`torch.Tensor` of shape `(batch, num_new)`, *optional*): what `generate` appended, one a step: the
+                first step is prefill, each other one fed the id before. Without it everything is prefill.
         """
-        num_prefill = len(passes) if new_ids is None else len(passes) - new_ids.shape[1] + 1
-        self._add("prefill", sum(passes[:num_prefill]))
+        num_prefill = len(seconds) if new_ids is None else 1
+        self._add("prefill", sum(seconds[:num_prefill]))
         if new_ids is None:
             return
         tokens = getattr(self.model, "latent_tokens", None)
         inside = torch.tensor([] if tokens is None else [tokens.start, tokens.pad], device=new_ids.device)
-        for seconds, is_latent in zip(passes[num_prefill:], torch.isin(new_ids, inside).any(0).tolist()):
-            self._add("latent block" if is_latent else "decode", seconds)
+        for taken, is_latent in zip(seconds[num_prefill:], torch.isin(new_ids, inside).any(0).tolist()):
+            self._add("latent block" if is_latent else "decode", taken)
 
     def _add(self, name: str, seconds: float) -> None:
         self.seconds[name] += seconds

@@ -197,6 +197,9 @@ class LatentRun:
 
     A step is a call of the model; `step` counts the new ids there are before it. What the host must know of the rows
     it reads once from the prompt, and at later steps only where a Jacobi solve may have to begin.
+
+    Ids that no row has a choice about can run ahead of their step, together with what comes before them. The steps
+    that then follow have nothing left to run.
     """
 
     def __init__(self, options: LatentOptions, tokens: LatentTokens, intervention: LatentIntervention | None):
@@ -207,10 +210,13 @@ class LatentRun:
         self.prompt_length = 0
         self.max_slots = 0
         self.may_skip_head = False
+        self.may_run_ahead = False
         self.first_slot_steps: list[int | None] = []  # the step that feeds each row's first slot, where that is known
         self.num_opened: list[int] = []  # blocks that each row has opened, or surely will
-        self.cache: Cache | None = None  # once a Jacobi solve has filled a block
+        self.cache: Cache | None = None  # once a step has run ahead of the ids
         self.num_filled = 0  # columns that the cache then holds beyond the ids
+        self.is_end_filled = False  # whether the last of them is `<|latent_end|>`
+        self.logits_ahead: torch.Tensor | None = None  # (B, vocab_size), what was found there
         self.feedback: torch.Tensor | None = None  # (B, 1, H), state of the last position
         self.solved: torch.Tensor | None = None  # (B, latent_size, H), what a Jacobi solve found for each row's block
         self.recorded: torch.Tensor | None = None  # (B, max_slots, H)
@@ -238,6 +244,17 @@ class LatentRun:
         if self.options.latent_stop != "budget" or len(known) < len(self.first_slot_steps):
             return False
         return step < min(known) + self.options.latent_size
+
+    def may_run_start(self, room: int) -> bool:
+        """Whether all rows open a block after the prompt, with room for more than its start."""
+        is_forced = self.options.latent_mode == "force" and set(self.first_slot_steps) == {2}
+        return self.may_run_ahead and is_forced and room > 1 and self.generation_config.prefill_chunk_size is None
+
+    def may_run_end(self, step: int, room: int) -> bool:
+        """Whether all rows' blocks end after a step, with room for more than their end."""
+        last = self.options.latent_size - 1
+        are_last = all(first is not None and step == first + last for first in self.first_slot_steps)
+        return self.may_run_ahead and are_last and room > 1
 
     def begins_block(self, input_ids: torch.Tensor) -> list[bool]:
         """For each row, whether its last id is a block's first slot; reads the ids only if that is not known."""
@@ -334,6 +351,8 @@ class LatentProcessorList(LogitsProcessorList):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         run, tokens = self.run, self.run.tokens
+        if run.logits_ahead is not None and run.num_filled == 0:  # those of the end, which ran before its step
+            scores, run.logits_ahead = run.logits_ahead.to(scores), None
         # 1. Where each row stands, from its ids.
         num_slots = run.num_trailing_slots(input_ids)
         is_open = (num_slots > 0) | (input_ids[:, -1:] == tokens.start).any(1)  # no ids yet after inputs_embeds
@@ -1071,14 +1090,18 @@ class LatentReasoningMixin(Backbone):
 
         resolved, _ = self._prepare_generation_config(generation_config, **kwargs)
         _check_decoding(resolved, kwargs, options)
-        if options.latent_solver == "jacobi":
-            self._check_jacobi(resolved, kwargs)
+        alone = self._needs_steps_of_their_own(resolved, kwargs)
+        if options.latent_solver == "jacobi" and alone is not None:
+            raise ValueError(
+                f"latent_solver='jacobi' does not work with {alone}. Drop it, or use latent_solver='sequential'."
+            )
         if self.training and self.is_gradient_checkpointing:
             raise ValueError(
                 f"latent_mode={options.latent_mode!r} with activation checkpointing in training mode would decode "
                 "without a cache, so without the slots. Call model.eval() first."
             )
         run = LatentRun(options, tokens, latent_intervention)
+        run.may_run_ahead = options.latent_stop == "budget" and alone is None
         if streamer is not None:
             streamer = LatentStreamer(streamer, tokens, _fill_token_id(resolved))
         outputs = super().generate(inputs, generation_config, streamer=streamer, latent_run=run, **kwargs)
@@ -1147,20 +1170,17 @@ class LatentReasoningMixin(Backbone):
             "with its last visual token: what follows has seen the video. Cache no more, or leave past_key_values out."
         )
 
-    def _check_jacobi(self, generation_config: GenerationConfig, kwargs: dict[str, Any]) -> None:
-        refused = None
+    def _needs_steps_of_their_own(self, generation_config: GenerationConfig, kwargs: dict[str, Any]) -> str | None:
+        """What is asked for, if anything, that needs a pass for each id, and why."""
         synced_gpus = kwargs.get("synced_gpus")
         if synced_gpus is None:
             synced_gpus = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)
+        if synced_gpus:
+            return "synced_gpus or sharded weights (ranks would make different numbers of passes)"
         for name in ("output_logits", "output_hidden_states", "output_attentions"):
             if generation_config.return_dict_in_generate and getattr(generation_config, name):
-                refused = f"{name} (slots have no step of their own)"
-        if synced_gpus:
-            refused = "synced_gpus or sharded weights (ranks would make different numbers of passes)"
-        if refused is not None:
-            raise ValueError(
-                f"latent_solver='jacobi' does not work with {refused}. Drop it, or use latent_solver='sequential'."
-            )
+                return f"{name} (slots have no step of their own)"
+        return None
 
     def _prepare_generation_config(self, generation_config, latent_mode=None, **kwargs):
         resolved, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
@@ -1171,11 +1191,16 @@ class LatentReasoningMixin(Backbone):
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         if (run := (kwargs.get("model_kwargs") or {}).get("latent_run")) is not None:
             cache = kwargs["model_kwargs"].get("past_key_values")
-            if run.options.latent_solver == "jacobi":
-                _check_rewindable(cache)
+            stuck = _not_rewindable(cache)
+            if run.options.latent_solver == "jacobi" and stuck:
+                raise ValueError(
+                    "latent_solver='jacobi' runs a block's positions several times, but the cache has layers that "
+                    f"can't take positions back ({', '.join(stuck)}). Use latent_solver='sequential', or another cache."
+                )
             # A compiled step with a head and one without would be two graphs. Whoever looks at logits gets them.
             looked_at = generation_config.output_logits or kwargs.get("logits_processor")
             may_skip_head = not looked_at and not (cache is not None and cache.is_compileable)
+            run.may_run_ahead = run.may_run_ahead and not looked_at and cache is not None and not stuck
             run.begin(kwargs["input_ids_seq_length"], generation_config, may_skip_head)
             fill_token_id = _fill_token_id(generation_config)
             return LatentProcessorList(processors, run, bool(generation_config.do_sample), fill_token_id)
@@ -1196,11 +1221,22 @@ class LatentReasoningMixin(Backbone):
             "`generate` with a batch."
         )
 
+    def get_compiled_call(self, compile_config):
+        compiled = super().get_compiled_call(compile_config)
+
+        def call(**inputs):
+            has_run = inputs.get("latent_fixed", False) and inputs["input_ids"].shape[1] == 0
+            return (self if has_run else compiled)(**inputs)  # no graph for steps that run nothing
+
+        return call
+
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if (run := model_kwargs.get("latent_run")) is not None:
             # A copy: a view would keep the whole prefill alive, and a captured graph overwrites its outputs.
             run.feedback = outputs.latent_feedback[:, -1:].clone()
+            if run.is_end_filled:
+                run.logits_ahead, run.is_end_filled = outputs.logits[:, -1].float().clone(), False
         return model_kwargs
 
     def prepare_inputs_for_generation(
@@ -1210,8 +1246,11 @@ class LatentReasoningMixin(Backbone):
         if latent_run is None:
             return super().prepare_inputs_for_generation(input_ids, **kwargs)
         run, step = latent_run, latent_run.step(input_ids)
+        room = run.generation_config.max_length - input_ids.shape[1]
         if is_first_iteration:
             run.read_prompt(input_ids)
+            if inputs_embeds is None and run.may_run_start(room):
+                return self._run_ahead(input_ids, run, [run.tokens.start], **kwargs)
             return self._latent_inputs(input_ids, run, 0, **kwargs)
         feedback = run.next_feedback(input_ids)
         if run.num_filled > 0:
@@ -1224,7 +1263,29 @@ class LatentReasoningMixin(Backbone):
             }
         if run.options.latent_solver == "jacobi" and any(begins := run.begins_block(input_ids)):
             return self._solve_block(input_ids, run, begins, feedback, **kwargs)
+        # Compiled, a pass of two positions would be one more graph.
+        if run.may_run_end(step, room) and not self._valid_auto_compile_criteria(kwargs, run.generation_config):
+            return self._run_ahead(input_ids, run, [run.tokens.end], latent_feedback=feedback, **kwargs)
         return self._latent_inputs(input_ids, run, step, latent_feedback=feedback, **kwargs)
+
+    def _run_ahead(self, input_ids, run, added, **kwargs):
+        """The inputs of a step that also runs the ids `added` after it, known already; later steps find them done."""
+        ids, wide = self._widen(input_ids, added, **kwargs)
+        run.cache, run.num_filled = kwargs["past_key_values"], len(added)
+        run.is_end_filled = added[-1] == run.tokens.end
+        step = run.step(input_ids) if not run.is_end_filled else run.step(ids)  # whose outcome is looked at
+        return self._latent_inputs(ids, run, step, **wide)
+
+    def _widen(self, input_ids, added, next_sequence_length=None, latent_feedback=None, **kwargs):
+        """The ids and arguments of a step with the ids `added` after it."""
+        tail = torch.tensor(added, dtype=input_ids.dtype, device=input_ids.device)
+        ids = torch.cat([input_ids, tail.expand(len(input_ids), -1)], dim=1)
+        wide = self._update_model_kwargs_for_generation(ModelOutput(), dict(kwargs), num_new_tokens=len(added))
+        if next_sequence_length is not None:
+            wide["next_sequence_length"] = next_sequence_length + len(added)
+        if latent_feedback is not None:
+            wide["latent_feedback"] = latent_feedback.expand(-1, 1 + len(added), -1)
+        return ids, wide
 
     def _latent_inputs(self, input_ids, run, step, **kwargs):
         """The library's inputs for a step, with the bottleneck's mask and without a head where nobody has a choice."""
@@ -1252,9 +1313,8 @@ class LatentReasoningMixin(Backbone):
         """
         size, room = run.options.latent_size, run.generation_config.max_length - input_ids.shape[1]
         width = min(size, room)  # slots that will be fed
-        ids = torch.nn.functional.pad(input_ids, (0, width - 1), value=run.tokens.pad)
-        wide = self._update_model_kwargs_for_generation(ModelOutput(), dict(kwargs), num_new_tokens=width - 1)
-        wide |= {"past_key_values": past_key_values, "next_sequence_length": width}
+        added = [run.tokens.pad] * (width - 1)
+        ids, wide = self._widen(input_ids, added, past_key_values=past_key_values, **kwargs)
         call = self.__call__
         if self._valid_auto_compile_criteria(wide, run.generation_config):
             call = self.get_compiled_call(run.generation_config.compile_config)
@@ -1269,7 +1329,13 @@ class LatentReasoningMixin(Backbone):
             states[:, 1 : width + 1] = found[:, : size - 1]
             _rewind(past_key_values, width)
         if all(begins):
-            run.solved, run.cache, run.num_filled = states, past_key_values, width - 1
+            run.solved = states
+            if run.may_run_ahead and room > size:
+                fed = torch.nn.functional.pad(states, (0, 0, 0, 1))
+                added = [*added, run.tokens.end]
+                kwargs |= {"past_key_values": past_key_values}
+                return self._run_ahead(input_ids, run, added, **kwargs) | {"latent_feedback": fed}
+            run.cache, run.num_filled = past_key_values, width - 1
             return inputs(states)
         rows = torch.tensor(begins, device=states.device)[:, None, None]
         run.solved = states if run.solved is None else torch.where(rows, states, run.solved)
@@ -1288,16 +1354,13 @@ def _is_prompt(input_ids: torch.Tensor, past_key_values: Cache | None) -> bool:
     return input_ids.shape[1] > 1 and not torch.compiler.is_compiling() and int(past_key_values.get_seq_length()) == 0
 
 
-def _check_rewindable(cache: Cache | None) -> None:
+def _not_rewindable(cache: Cache | None) -> list[str]:
+    """Kinds of layers of a cache, if any, that can't take positions back."""
     stuck = set()
     for layer, is_sliding in [] if cache is None else zip(cache.layers, cache.is_sliding):
         if is_sliding or not (layer.is_croppable or isinstance(layer, StaticLayer)):
             stuck.add(type(layer).__name__)
-    if stuck:
-        raise ValueError(
-            "latent_solver='jacobi' runs a block's positions several times, but the cache has layers that can't take "
-            f"positions back ({', '.join(sorted(stuck))}). Use latent_solver='sequential', or another cache."
-        )
+    return sorted(stuck)
 
 
 def _rewind(cache: Cache, num_columns: int) -> None:

@@ -175,8 +175,9 @@ def _answer_floors(bench: Bench, config: Any, inputs: Any, clip: Any, batch_size
     def text(count: int) -> float:
         return floor(answer_works(config, grids, prompt, count, batch_size, itemsize))
 
-    floors = {"direct": text(ANSWER_TOKENS), BLOCK: text(LATENT_SIZE + 2 + ANSWER_TOKENS)}
-    floors[PARALLEL] = text(2 + ANSWER_TOKENS) + floor(solver_works(config, prompt, NUM_PASSES, batch_size, itemsize))
+    # A block's markers run with the prompt and with the last slot.
+    floors = {"direct": text(ANSWER_TOKENS), BLOCK: text(LATENT_SIZE + ANSWER_TOKENS)}
+    floors[PARALLEL] = text(ANSWER_TOKENS) + floor(solver_works(config, prompt, NUM_PASSES, batch_size, itemsize))
     floors |= {f"text of {count} tokens": text(count + ANSWER_TOKENS) for count in bench.text_tokens}
     whole = floor(answer_works(config, grids, prompt, 1, batch_size, itemsize))
     floors[REFORWARD] = (LATENT_SIZE + 1) * whole
@@ -297,14 +298,13 @@ def _solver(bench: Bench, name: str, model: Any, batch_size: int) -> list[Result
     def generate(way: str) -> None:
         times = StepTimes(bench.clock)
         model.generate(**shared, **options[way], past_key_values=copy.deepcopy(prefix), stopping_criteria=[times])
-        # From the pass of `<|latent_start|>` to that of the last slot; the prompt's came before.
+        # Up to the pass of the last slot, with which `<|latent_end|>` runs; `<|latent_start|>` ran with the prompt.
         blocks[way].append(sum(times.seconds[1 : LATENT_SIZE + 2]))
 
     ways = bench.try_out({way: partial(generate, way) for way in options})
     for found in blocks.values():
         found.clear()
     bench.measure(ways, f"blocks of {name}, batch {batch_size}")
-    begin = decode_work(model.config, prompt, batch_size, itemsize).floor(bench.peaks)
     slots = [decode_work(model.config, prompt + 1 + slot, batch_size, itemsize) for slot in range(LATENT_SIZE)]
     results = []
     for way in ways:
@@ -317,7 +317,7 @@ def _solver(bench: Bench, name: str, model: Any, batch_size: int) -> list[Result
             "context": prompt,
             **summarize({"sequential": blocks["sequential"], "this": blocks[way]}, "this", "sequential"),
         }
-        floor = begin + sum(work.floor(bench.peaks) for work in works)
+        floor = sum(work.floor(bench.peaks) for work in works)
         results.append(result | beside_floor(result["median_seconds"]["this"], floor))
     return results
 

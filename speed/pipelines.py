@@ -86,8 +86,9 @@ def _evaluation(bench: Bench, name: str) -> list[Result]:
     longest = max(len(answerer._suffix(text)) for text in QUESTIONS)
     answering = prefill_work(config, longest, num_questions, itemsize, prefix).floor(peaks)
     context = prefix + longest
+    num_steps = LATENT_SIZE + ANSWER_TOKENS - 1  # the markers run with what is before them
     answering += sum(
-        decode_work(config, context + n, num_questions, itemsize).floor(peaks) for n in range(num_new - 1)
+        decode_work(config, context + n, num_questions, itemsize).floor(peaks) for n in range(num_steps)
     )
     results = []
     for way, num_prefixes in (*((way, NUM_CLIPS) for way in shared), ("each its own", num_questions)):

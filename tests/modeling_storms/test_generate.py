@@ -13,6 +13,8 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TextIteratorStreamer,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -565,6 +567,83 @@ class TestHotPath:
         assert self.reads_per_step(lambda **kwargs: model.generate(**inputs, **options, **read, **kwargs)) > own
 
 
+class Passes:
+    """Counts passes of the language model, and the positions of each."""
+
+    def __init__(self, model):
+        self.model, self.widths = model.model.language_model, []
+
+    def __enter__(self):
+        note = lambda module, args, kwargs: self.widths.append(kwargs["inputs_embeds"].shape[1])  # noqa: E731
+        self.hook = self.model.register_forward_pre_hook(note, with_kwargs=True)
+        return self
+
+    def __exit__(self, *error):
+        self.hook.remove()
+
+
+class TestRunningAhead:
+    """`<|latent_start|>` runs with the prompt and `<|latent_end|>` with the last slot, where nothing else can come."""
+
+    @staticmethod
+    def widths(model, inputs, **options):
+        options = {"latent_mode": "force", "latent_size": 3, "max_new_tokens": 7} | options
+        with Passes(model) as passes:
+            model.generate(**inputs, **options)
+        return passes.widths
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"cache_implementation": "static"}, {"latent_bottleneck": True}, {"do_sample": True}]
+    )
+    def test_a_block_takes_as_many_passes_as_slots(self, model, prompts, options):
+        inputs = prompts("video", "text")
+        assert self.widths(model, inputs, **options) == [inputs["input_ids"].shape[1] + 1, 1, 1, 2, 1]
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"latent_stop": "token"},
+            {"return_dict_in_generate": True, "output_logits": True},
+            {"return_dict_in_generate": True, "output_hidden_states": True},
+            {"logits_processor": LogitsProcessorList([Recorder()])},
+        ],
+    )
+    def test_not_where_a_step_is_looked_at_or_has_a_choice(self, model, prompts, options):
+        inputs = prompts("video", "text")
+        assert self.widths(model, inputs, **options)[:3] == [inputs["input_ids"].shape[1], 1, 1]
+
+    def test_an_open_prompt_ends_its_block_with_the_last_slot(self, model, prompts):
+        inputs = prompts("text")
+        for name, value in (("input_ids", model.latent_tokens.start), ("attention_mask", 1), ("mm_token_type_ids", 0)):
+            inputs[name] = torch.nn.functional.pad(inputs[name], (0, 1), value=value)
+        assert self.widths(model, inputs, latent_mode="auto") == [inputs["input_ids"].shape[1], 1, 1, 2, 1, 1]
+
+    def test_a_prompt_in_chunks_is_left_as_it_is(self, model, prompts):
+        assert self.widths(model, prompts("text"), prefill_chunk_size=8)[-5:] == [1, 1, 1, 2, 1]
+
+    @pytest.mark.parametrize("num_new", [1, 2, 4, 5])
+    def test_a_criterion_that_stops_leaves_no_column_behind(self, model, prompts, num_new):
+        inputs = prompts("video")
+        length = inputs["input_ids"].shape[1] + num_new
+
+        class AfterSome(StoppingCriteria):
+            def __call__(self, input_ids, scores, **kwargs):
+                return torch.full((len(input_ids),), input_ids.shape[1] == length, device=input_ids.device)
+
+        for cache in ({}, {"cache_implementation": "static"}):
+            out = model.generate(
+                **inputs,
+                **cache,
+                latent_mode="force",
+                latent_size=3,
+                max_new_tokens=8,
+                stopping_criteria=StoppingCriteriaList([AfterSome()]),
+                return_dict_in_generate=True,
+            )
+            assert out.sequences.shape[1] == length
+            assert int(out.past_key_values.get_seq_length()) == length - 1
+
+
 class TestHead:
     """The output head is not run for what the rules of a block fix, and nothing else changes."""
 
@@ -596,7 +675,7 @@ class TestHead:
         assert out.sequences.tolist() == expected.sequences.tolist()
         for name in ("scores", "latent_states"):
             for one, other in zip(out[name], expected[name], strict=True):
-                torch.testing.assert_close(one, other, atol=0, rtol=0)
+                torch.testing.assert_close(one, other, atol=STATE_TOLERANCE, rtol=STATE_TOLERANCE)
 
     def test_open_prompts_are_known_in_auto_mode(self, model, prompts):
         inputs = prompts("video", "text")

@@ -7,7 +7,7 @@ import torch
 from transformers import CompileConfig, DynamicCache, StaticCache, StoppingCriteria, StoppingCriteriaList
 
 from .conftest import eager_to, one_grid_step, same_weights
-from .test_generate import STATE_TOLERANCE, HostReads, assert_equals_reference
+from .test_generate import STATE_TOLERANCE, HostReads, Passes, assert_equals_reference
 
 
 SIZE = 6
@@ -30,21 +30,6 @@ def distances(out, expected):
     """Largest difference of each slot's state, `(latent_size,)`."""
     states, others = (torch.stack(run.latent_states) for run in (out, expected))
     return (states - others).abs().amax((0, 2))
-
-
-class Passes:
-    """Counts passes of the language model, and the positions of each."""
-
-    def __init__(self, model):
-        self.model, self.widths = model.model.language_model, []
-
-    def __enter__(self):
-        note = lambda module, args, kwargs: self.widths.append(kwargs["inputs_embeds"].shape[1])  # noqa: E731
-        self.hook = self.model.register_forward_pre_hook(note, with_kwargs=True)
-        return self
-
-    def __exit__(self, *error):
-        self.hook.remove()
 
 
 class TestAgainstReference:
@@ -78,7 +63,9 @@ class TestAgainstReference:
         (run,) = assert_equals_reference(model, reference, inputs, out, 24, "auto", 8, iterations=2)
         assert run.new_ids.index(model.latent_tokens.start) > 0, "the test needs a block that begins after some text"
         assert run.stop_reason == "budget"
-        assert len(passes.widths) == len(run.new_ids) - 8 + 2
+        assert passes.widths.count(8) == 1
+        assert passes.widths.count(9) == 1  # with the end
+        assert len(passes.widths) == len(run.new_ids) - 9 + 2
 
     def test_prompts_of_which_some_are_open(self, model, reference, prompts):
         inputs = prompts("video", "text")
@@ -177,9 +164,9 @@ class TestCost:
         inputs = prompts("video", "text")
         with Passes(model) as passes:
             model.generate(**inputs, max_new_tokens=SIZE + 4, **FORCED, **jacobi(iterations), **options)
-        block = [SIZE] * min(iterations, SIZE)
-        # Prompt, <|latent_start|>, the block, <|latent_end|>; the last of the two tokens after it is never fed.
-        assert passes.widths == [inputs["input_ids"].shape[1], 1, *block, 1, 1]
+        # Prompt and <|latent_start|>, the block, at last with <|latent_end|>, and the first of two tokens.
+        block = [*[SIZE] * (min(iterations, SIZE) - 1), SIZE + 1]
+        assert passes.widths == [inputs["input_ids"].shape[1] + 1, *block, 1]
 
     @pytest.mark.parametrize("options", [{}, {"latent_bottleneck": True}])
     def test_iterations_add_no_host_read(self, model, prompts, options):
@@ -201,7 +188,7 @@ class TestCost:
         counters = torch._dynamo.utils.counters
         counters.clear()
         assert_same(model.generate(**inputs, **compiled, **FORCED, **jacobi(SIZE)), expected)
-        # A single position, the whole block, and the steps that run nothing.
+        # A single position, the whole block, and the block with its end.
         assert (counters["stats"]["unique_graphs"], dict(counters["graph_break"])) == (3, {})
         with torch._dynamo.config.patch(error_on_recompile=True):
             assert_same(model.generate(**inputs, **compiled, **FORCED, **jacobi(SIZE)), expected)
