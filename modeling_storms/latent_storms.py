@@ -212,6 +212,7 @@ class LatentRun:
         self.may_skip_head = False
         self.may_run_ahead = False
         self.first_slot_steps: list[int | None] = []  # the step that feeds each row's first slot, where that is known
+        self.common_step: int | None = None  # that of all rows, where it is known and their blocks end together
         self.num_opened: list[int] = []  # blocks that each row has opened, or surely will
         self.cache: Cache | None = None  # once a step has run ahead of the ids
         self.num_filled = 0  # columns that the cache then holds beyond the ids
@@ -234,6 +235,15 @@ class LatentRun:
         closed = 2 if self.options.latent_mode == "force" else None
         self.first_slot_steps = [1 if row else closed for row in is_open]
         self.num_opened = [int(step is not None) for step in self.first_slot_steps]
+        if self.options.latent_stop == "budget" and len(set(self.first_slot_steps)) == 1:
+            self.common_step = self.first_slot_steps[0]
+
+    def num_since_start(self, step: int) -> int | None:
+        """Ids since `<|latent_start|>`, -1 before it, where the host knows that of all rows without asking: up to the
+        end of their first block, and beyond if there can't be a second one."""
+        since = None if self.common_step is None else step - self.common_step + 1
+        is_over = since is not None and since > self.options.latent_size
+        return None if is_over and self.options.max_latent_blocks > 1 else since
 
     def step(self, input_ids: torch.Tensor) -> int:
         return input_ids.shape[1] - self.prompt_length
@@ -247,14 +257,12 @@ class LatentRun:
 
     def may_run_start(self, room: int) -> bool:
         """Whether all rows open a block after the prompt, with room for more than its start."""
-        is_forced = self.options.latent_mode == "force" and set(self.first_slot_steps) == {2}
-        return self.may_run_ahead and is_forced and room > 1 and self.generation_config.prefill_chunk_size is None
+        is_whole = self.generation_config.prefill_chunk_size is None
+        return self.may_run_ahead and self.num_since_start(0) == -1 and is_whole and room > 1
 
     def may_run_end(self, step: int, room: int) -> bool:
         """Whether all rows' blocks end after a step, with room for more than their end."""
-        last = self.options.latent_size - 1
-        are_last = all(first is not None and step == first + last for first in self.first_slot_steps)
-        return self.may_run_ahead and are_last and room > 1
+        return self.may_run_ahead and self.num_since_start(step) == self.options.latent_size and room > 1
 
     def begins_block(self, input_ids: torch.Tensor) -> list[bool]:
         """For each row, whether its last id is a block's first slot; reads the ids only if that is not known."""
@@ -282,6 +290,15 @@ class LatentRun:
             return self.feedback
         self.recorded_length = input_ids.shape[1]
         states = self.feedback[:, 0]
+        if self.recorded is None:
+            self.recorded = states.new_zeros(states.shape[0], self.max_slots, states.shape[1])
+        since = self.num_since_start(self.step(input_ids))
+        if since is not None and self.intervention is None:
+            if 0 < since <= self.options.latent_size:
+                if self.solved is not None and since > 1:
+                    self.feedback = self.solved[:, since - 1 : since]
+                self.recorded[:, since - 1] = self.feedback[:, 0]
+            return self.feedback
         input_ids = input_ids.to(states.device)
         if self.solved is not None:
             num_slots = self.num_trailing_slots(input_ids)[:, None]
@@ -290,8 +307,6 @@ class LatentRun:
         is_slot = input_ids[:, -1] == self.tokens.pad
         if self.intervention is not None:
             states = self._intervene(self.intervention, states, is_slot, self.num_trailing_slots(input_ids) - 1)
-        if self.recorded is None:
-            self.recorded = states.new_zeros(states.shape[0], self.max_slots, states.shape[1])
         slot_idx = (input_ids[:, self.prompt_length :] == self.tokens.pad).sum(1) - 1
         slot_idx = slot_idx.clamp(min=0)[:, None, None].expand(-1, 1, states.shape[1])
         kept = torch.where(is_slot[:, None, None], states[:, None], self.recorded.gather(1, slot_idx))
@@ -341,18 +356,32 @@ class LatentProcessorList(LogitsProcessorList):
         run (`LatentRun`): the options and ids.
         do_sample (`bool`): inside a block with `latent_stop="token"`, whether ending is drawn or is the argmax.
         fill_token_id (`int`): stands in for a latent id where a row holds no text at all.
+        sees_all (`bool`): whether processors are called at every step, also where its outcome is fixed.
     """
 
-    def __init__(self, processors: LogitsProcessorList, run: LatentRun, do_sample: bool, fill_token_id: int):
+    def __init__(
+        self,
+        processors: LogitsProcessorList,
+        run: LatentRun,
+        do_sample: bool,
+        fill_token_id: int,
+        sees_all: bool,
+    ):
         super().__init__(processors)
         self.run = run
+        self.sees_all = sees_all
         self.do_sample = do_sample
         self.fill_token_id = fill_token_id
+        self.latent_ids: torch.Tensor | None = None
+        self.text: torch.Tensor | None = None  # once blocks are over: the last step's text
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         run, tokens = self.run, self.run.tokens
         if run.logits_ahead is not None and run.num_filled == 0:  # those of the end, which ran before its step
             scores, run.logits_ahead = run.logits_ahead.to(scores), None
+        since = run.num_since_start(run.step(input_ids))
+        if since is not None and not self.sees_all:
+            return self._known(input_ids, scores, since, **kwargs)
         # 1. Where each row stands, from its ids.
         num_slots = run.num_trailing_slots(input_ids)
         is_open = (num_slots > 0) | (input_ids[:, -1:] == tokens.start).any(1)  # no ids yet after inputs_embeds
@@ -381,6 +410,24 @@ class LatentProcessorList(LogitsProcessorList):
             opening = torch.full_like(scores, -math.inf)
             opening[:, tokens.start] = 0.0
             scores = torch.where(is_open[:, None], scores, opening)
+        return scores
+
+    def _known(self, input_ids: torch.Tensor, scores: torch.Tensor, since: int, **kwargs: Any) -> torch.Tensor:
+        """The same where the host knows that all rows are `since` ids behind `<|latent_start|>`, by fewer operations:
+        what has one outcome is not computed, and text is text for good."""
+        tokens, size = self.run.tokens, self.run.options.latent_size
+        if since <= size:
+            ruled = torch.full_like(scores, -math.inf)
+            ruled[:, tokens.start if since < 0 else tokens.pad if since < size else tokens.end] = 0.0
+            return ruled
+        if self.latent_ids is None:
+            self.latent_ids = torch.tensor([tokens.start, tokens.pad, tokens.end], device=scores.device)
+        scores = scores.index_fill(1, self.latent_ids, -math.inf)
+        if self:
+            is_next = self.text is not None and self.text.shape[1] == input_ids.shape[1] - 1
+            self.text = torch.cat([self.text, input_ids[:, -1:]], 1) if is_next else self._text_only(input_ids)
+            scores = super().__call__(self.text, scores, **kwargs)
+            scores = scores.index_fill(1, self.latent_ids, -math.inf)
         return scores
 
     def _suppress(self, scores: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
@@ -1203,7 +1250,8 @@ class LatentReasoningMixin(Backbone):
             run.may_run_ahead = run.may_run_ahead and not looked_at and cache is not None and not stuck
             run.begin(kwargs["input_ids_seq_length"], generation_config, may_skip_head)
             fill_token_id = _fill_token_id(generation_config)
-            return LatentProcessorList(processors, run, bool(generation_config.do_sample), fill_token_id)
+            do_sample, own = bool(generation_config.do_sample), bool(kwargs.get("logits_processor"))
+            return LatentProcessorList(processors, run, do_sample, fill_token_id, sees_all=own)
         if getattr(generation_config, "latent_mode", None) == "off":
             tokens = self.latent_tokens
             token_ids = torch.tensor([tokens.start, tokens.pad, tokens.end], device=kwargs.get("device"))

@@ -92,9 +92,9 @@ def _off_mode(bench: Bench, num_layers: int) -> Result:
 def measure_answer(bench: Bench) -> list[Result]:
     """an answer about 32 frames: direct, latent (both solvers), text reasoning, a tool loop, K + 1 passes"""
     results = []
-    for name in bench.models_or("tiny"):
+    for name in bench.models_or("tiny", "tiny_280", "tiny_448"):
         model = build(name, bench.device, bench.dtype)
-        for batch_size in bench.batch_sizes or (1, 8, 32):
+        for batch_size in bench.batch_sizes or ((1,) if name.startswith("tiny_") else (1, 8, 32)):
             results += _answer(bench, name, model, batch_size)
         del model
     return results
@@ -400,7 +400,7 @@ def answer_memory(config: Any, inputs: Any, new_tokens: int, itemsize: int) -> i
 def measure_decode_step(bench: Bench) -> list[Result]:
     """a decoding step: growing cache, static cache, compiled (on GPUs, or with --compile)"""
     results = []
-    for name in bench.models_or("narrow"):
+    for name in bench.models_or("narrow", "slice"):
         model = build(name, bench.device, bench.dtype)
         for batch_size in bench.batch_sizes or (1, 8):
             results += _decode_step(bench, name, model, batch_size)

@@ -112,9 +112,9 @@ class Bench:
             dtype=str(self.dtype).removeprefix("torch."),
         )
 
-    def models_or(self, default: str) -> Sequence[str]:
+    def models_or(self, *defaults: str) -> Sequence[str]:
         """The sizes asked for, or a workload's own."""
-        return self.models or (default,)
+        return self.models or defaults
 
     @property
     def clock_name(self) -> str:

@@ -1,13 +1,14 @@
 """Models by size, with random weights, and what their shapes say about the work of an answer.
 
-`tiny`, `small`, `narrow` and `eighth` (the 3B model's depths and proportions at an eighth of its widths) are for CPUs;
-`3b` and `7b` have the shapes of Qwen2.5-VL's releases, and are made on the device in its own precision: nothing is
+`tiny`, `small`, `narrow`, `eighth` (the 3B model's depths and proportions at an eighth of its widths) and `slice` (four
+layers of the 3B model's language part, as wide as they are) are for CPUs, as are `tiny_280` and `tiny_448`: the tiny model
+with larger frames, 1,600 and 4,096 visual tokens of 32 of them, the latter as in the releases. `3b` and `7b` have the shapes of Qwen2.5-VL's releases, and are made on the device in its own precision: nothing is
 downloaded. Figures do not depend on what weights hold.
 """
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -63,6 +64,8 @@ def _released(hidden_size: int, intermediate_size: int, layers: int, heads: int,
 
 SIZES = {
     "tiny": Size({}, {}, (56, 84)),
+    "tiny_280": Size({}, {}, (280, 280)),
+    "tiny_448": Size({}, {}, (448, 448)),
     "small": Size(
         {
             "hidden_size": 256,
@@ -103,6 +106,7 @@ SIZES = {
         (140, 196),
         tied=True,
     ),
+    "slice": replace(_released(2048, 11008, 4, 16, 2, 151936), vision={"out_hidden_size": 2048}, frame=(56, 84)),
     "3b": _released(2048, 11008, 36, 16, 2, 151936),
     "7b": _released(3584, 18944, 28, 28, 4, 152064),
 }
