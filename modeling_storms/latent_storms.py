@@ -424,8 +424,10 @@ class LatentProcessorList(LogitsProcessorList):
             self.latent_ids = torch.tensor([tokens.start, tokens.pad, tokens.end], device=scores.device)
         scores = scores.index_fill(1, self.latent_ids, -math.inf)
         if self:
-            is_next = self.text is not None and self.text.shape[1] == input_ids.shape[1] - 1
-            self.text = torch.cat([self.text, input_ids[:, -1:]], 1) if is_next else self._text_only(input_ids)
+            if self.text is not None and self.text.shape[1] == input_ids.shape[1] - 1:
+                self.text = torch.cat([self.text, input_ids[:, -1:]], dim=1)
+            else:
+                self.text = self._text_only(input_ids)
             scores = super().__call__(self.text, scores, **kwargs)
             scores = scores.index_fill(1, self.latent_ids, -math.inf)
         return scores
@@ -1242,7 +1244,7 @@ class LatentReasoningMixin(Backbone):
             if run.options.latent_solver == "jacobi" and stuck:
                 raise ValueError(
                     "latent_solver='jacobi' runs a block's positions several times, but the cache has layers that "
-                    f"can't take positions back ({', '.join(stuck)}). Use latent_solver='sequential', or another cache."
+                    f"can't take positions back ({', '.join(stuck)}). Use latent_solver='sequential' or another cache."
                 )
             # A compiled step with a head and one without would be two graphs. Whoever looks at logits gets them.
             looked_at = generation_config.output_logits or kwargs.get("logits_processor")

@@ -87,9 +87,7 @@ def _evaluation(bench: Bench, name: str) -> list[Result]:
     answering = prefill_work(config, longest, num_questions, itemsize, prefix).floor(peaks)
     context = prefix + longest
     num_steps = LATENT_SIZE + ANSWER_TOKENS - 1  # the markers run with what is before them
-    answering += sum(
-        decode_work(config, context + n, num_questions, itemsize).floor(peaks) for n in range(num_steps)
-    )
+    answering += sum(decode_work(config, context + n, num_questions, itemsize).floor(peaks) for n in range(num_steps))
     results = []
     for way, num_prefixes in (*((way, NUM_CLIPS) for way in shared), ("each its own", num_questions)):
         floor = answering + vision_work(config, grids, num_prefixes).floor(peaks)

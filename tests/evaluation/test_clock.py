@@ -51,7 +51,7 @@ def test_each_module_has_its_own_seconds(pair, clip, short_clip, spend, chunk):
     inputs = prompts_of(processor, clip, short_clip)("video", "video", "text")
     options = {"latent_mode": "force", "latent_size": 3, "max_new_tokens": 12, "min_new_tokens": 12}
     watch, _ = timed(model, spend, inputs, prefill_chunk_size=chunk, **options)
-    # Three slots are the block's; its end runs with the last one, its start with the prompt unless that comes in chunks.
+    # Three slots are the block's; its end runs with the last one, its start with a prompt that is not in chunks.
     is_ahead = chunk is None
     expected = {"vision tower": 4 * 0.5, "projector": 0.25, "prefill": inputs["input_ids"].shape[1] + is_ahead}
     # What is left is the text but for the last token.
