@@ -1,8 +1,8 @@
 """Models by size, with random weights, and what their shapes say about the work of an answer.
 
 `tiny`, `small`, `narrow`, `eighth` (the 3B model's depths and proportions at an eighth of its widths) and `slice`
-(four layers of the 3B's language model, as wide as they are) are for CPUs; `tiny_280` and `tiny_448` are the tiny model
-with larger frames, of which 32 make 1,600 and 4,096 visual tokens, the latter as many as with the releases. `3b` and
+(four layers of the 3B's language model, as wide as they are) are for CPUs; `tiny_280` and `tiny_448` are the tiny
+model with larger frames, of which 32 make 1,600 and 4,096 visual tokens, the latter as with the releases. `3b` and
 `7b` have the shapes of Qwen2.5-VL's releases, and are made on the device in its own precision: nothing is downloaded.
 Figures do not depend on what weights hold.
 """
