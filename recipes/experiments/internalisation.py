@@ -58,7 +58,10 @@ END = "The lamp is uncovered. Which colour does it have at the end?"
 class InternalisationArguments:
     output: str = field(default="internalisation_output", metadata={"help": "Folder of data, checkpoints and runs."})
     config: str = field(default=str(Path(__file__).with_suffix(".yaml")), metadata={"help": "The grid, as YAML."})
-    results: str | None = field(default=None, metadata={"help": "Also write the figures to this file."})
+    results: str | None = field(
+        default=None,
+        metadata={"help": "Also write the figures to this file, beside those of runs in it that `output` lacks."},
+    )
     arms: list[str] = field(default_factory=list, metadata={"help": "Run these only; all by default."})
     swaps: list[int] = field(default_factory=list, metadata={"help": "Run these difficulties only."})
     seeds: list[int] = field(default_factory=list, metadata={"help": "Run these seeds only."})
@@ -365,16 +368,51 @@ def measure_solvers(root: Path, grid: Mapping[str, Any], num_rows: int = 100) ->
 
 def collect(root: Path) -> dict[str, Any]:
     """The figures of all runs in a folder: `runs`, and by arm the mean of its `interventions`."""
-    runs = [json.loads(path.read_text()) for path in sorted(root.glob("seed*/* swaps/*/run.json"))]
+    runs = [json.loads(path.read_text()) for path in root.glob("seed*/* swaps/*/run.json")]
     interventions: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         if (found := run.pop("interventions", None)) is not None:
-            interventions.setdefault(f"{run['arm']}, {run['difficulty']} swaps", []).append(found)
+            interventions.setdefault(_name(run), []).append(found)
     means = {
         arm: {name: sum(one[name] for one in found) / len(found) for name in found[0]}
         for arm, found in interventions.items()
     }
-    return {"command": "python -m recipes.experiments.internalisation", "runs": runs, "interventions": means}
+    return _sorted(runs, means)
+
+
+def merge(results: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of two folders in one; a run that both have is that of `results`.
+
+    Raises:
+        SystemExit: if the earlier mean of an arm's interventions is over runs of which only some are to be replaced.
+    """
+    known = {(_name(run), run["seed"]) for run in results["runs"]}
+    added = [run for run in earlier["runs"] if (_name(run), run["seed"]) not in known]
+    means = dict(results["interventions"])
+    for arm, mean in earlier["interventions"].items():
+        here, kept, before = (
+            sum(_name(run) == arm for run in runs) for runs in (results["runs"], added, earlier["runs"])
+        )
+        if 0 < kept < before:
+            raise SystemExit(
+                f"Error: of {before} runs of '{arm}' in the earlier results {before - kept} were run anew, but their "
+                "interventions are kept as a mean. Run the others too, or write to another file."
+            )
+        if kept:
+            now = means.get(arm, mean)
+            means[arm] = {name: (kept * mean[name] + here * now[name]) / (kept + here) for name in mean}
+    shown = ("seconds_per_item", "solvers")  # of the first seed, where that is trained
+    return _sorted([*results["runs"], *added], means) | {name: results[name] or earlier[name] for name in shown}
+
+
+def _name(run: Mapping[str, Any]) -> str:
+    return f"{run['arm']}, {run['difficulty']} swaps"
+
+
+def _sorted(runs: Sequence[dict[str, Any]], interventions: Mapping[str, Any]) -> dict[str, Any]:
+    ordered = sorted(runs, key=lambda run: (run["seed"], run["difficulty"], run["arm"]))
+    means = {arm: interventions[arm] for arm in sorted(interventions)}
+    return {"command": "python -m recipes.experiments.internalisation", "runs": ordered, "interventions": means}
 
 
 def print_table(results: Mapping[str, Any]) -> None:
@@ -436,6 +474,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 if swaps in (arguments.swaps or known[name]["swaps"]):
                     run_arm(root, grid, name, known[name], swaps, seed)
     results = {**collect(root), "seconds_per_item": measure_cost(root, grid), "solvers": measure_solvers(root, grid)}
+    if arguments.results is not None and Path(arguments.results).is_file():
+        results = merge(results, json.loads(Path(arguments.results).read_text()))
     for path in (root / "internalisation.json", arguments.results):
         if path is not None:
             Path(path).write_text(json.dumps(results, indent=2) + "\n")

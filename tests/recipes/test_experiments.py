@@ -217,6 +217,26 @@ def test_a_curve_is_drawn(tmp_path):
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
 
 
+def test_figures_of_two_folders_are_put_together():
+    def results(runs, **interventions):
+        runs = [{"arm": arm, "seed": seed, "difficulty": 6, "accuracy": value} for arm, seed, value in runs]
+        means = {f"{arm}, 6 swaps": {"noise": value} for arm, value in interventions.items()}
+        return {"runs": runs, "interventions": means, "seconds_per_item": {}, "solvers": []}
+
+    earlier = results([("a", 0, 0.1), ("a", 1, 0.2), ("b", 0, 0.3)], a=0.3, b=0.6) | {"seconds_per_item": {"sft": 1.0}}
+    merged = internalisation.merge(results([("a", 2, 0.4), ("b", 0, 0.5)], a=0.9, b=0.2), earlier)
+    assert [(run["arm"], run["seed"], run["accuracy"]) for run in merged["runs"]] == [
+        ("a", 0, 0.1),
+        ("b", 0, 0.5),  # run again
+        ("a", 1, 0.2),
+        ("a", 2, 0.4),
+    ]
+    assert merged["interventions"] == {"a, 6 swaps": {"noise": pytest.approx(0.5)}, "b, 6 swaps": {"noise": 0.2}}
+    assert merged["seconds_per_item"] == {"sft": 1.0}
+    with pytest.raises(SystemExit, match="of 2 runs of 'a, 6 swaps' in the earlier results 1 were run anew"):
+        internalisation.merge(results([("a", 1, 0.4)], a=0.9), earlier)
+
+
 def test_probes_find_what_a_slot_holds_and_nothing_else():
     generator = torch.Generator().manual_seed(0)
     colors = torch.randint(3, (200, 2), generator=generator)
