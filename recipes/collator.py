@@ -46,13 +46,16 @@ def check_texts(row: Mapping[str, Any]) -> None:
 
     Raises:
         RowError: if its question or answer is empty, its answer is none of its options, a conversation has nothing to
-            train on, or a text holds a token that marks turns, media or blocks.
+            train on, a text holds a token that marks turns, media or blocks, or `latent_size` is no number of slots.
     """
     name = row_name(row)
     if row.get("messages"):
         _check_conversation(row["messages"], name)
         return
     _check_question(row, name)
+    size = row.get("latent_size")
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise RowError(f"Row {name!r} has latent_size {size!r}, expected slots of its block, 1 or more, or nothing.")
     answer, letters = row.get("answer"), LETTERS[: len(row.get("options") or [])]
     if not isinstance(answer, str) or not answer.strip():
         raise RowError(f"Row {name!r} has answer {answer!r}, expected text. Correct it, or leave the row out.")
@@ -150,7 +153,7 @@ class StormsCollator:
     A row of the dataset contract, or any row with `question`, `answer` and a video, becomes
     `[visual context][question]<|latent_start|><|latent_pad|>*K<|latent_end|>[answer]<|im_end|>`, labelled from
     `<|latent_start|>` on except for the slots. A conversational row (`messages`, perhaps `images`) gets no block;
-    its assistant turns are labelled.
+    its assistant turns are labelled. In Stage II a row may say its own number of slots in a column `latent_size`.
 
     Args:
         processor (`StormsProcessor`): the checkpoint's; its `num_frames` and pixel limits are used.
@@ -278,7 +281,8 @@ class StormsCollator:
             num_slots = self._add_targets(example, row)
             block = [self.start_id, *[self.pad_id] * num_slots, self.end_id]
         elif self.stage == "stage2":
-            num_slots = self.latent_size or self._num_tokens(self.target_media(row)["grid_thw"])
+            num_slots = row.get("latent_size") or self.latent_size
+            num_slots = num_slots or self._num_tokens(self.target_media(row)["grid_thw"])
             block = [self.start_id, *[self.pad_id] * num_slots, self.end_id]
         added = [*block, *answer_ids]
         example.input_ids = [*ids, *added]
@@ -371,6 +375,11 @@ class StormsCollator:
 
     def _add_targets(self, example: Example, row: Mapping[str, Any]) -> int:
         """Put the dataset's targets, or the media to make them from, into the example; the number of slots."""
+        if row.get("latent_size") is not None:
+            raise RowError(
+                f"Row {example.name!r} has a latent_size of its own, {row['latent_size']}, but Stage I pools every "
+                "row's targets to --latent_size. Drop the column, or train on such rows in Stage II."
+            )
         stored = row.get("latent_targets")
         if stored is not None:
             example.targets = torch.as_tensor(np.asarray(stored, dtype=np.float32))

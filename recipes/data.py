@@ -27,7 +27,7 @@ from .arguments import DataArguments, DatasetSource, StormsTrainingArguments
 from .collator import RowError, check_texts, row_name
 
 
-TEXT_COLUMNS = ("id", "question", "options", "answer", "messages")
+TEXT_COLUMNS = ("id", "question", "options", "answer", "messages", "latent_size")
 VIDEO_COLUMNS = ("video", "video_path", "video_start", "video_end")
 # Key of a dataset card's YAML under which `recipes.cache_targets` says what its targets were made with.
 TARGETS_KEY = "latent_targets"

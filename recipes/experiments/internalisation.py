@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from datasets import Features, Value
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -51,6 +52,7 @@ MAX_SIGNALS = 8  # in the clips that the base learns to see on
 START = "Which colour does the lamp have at the start?"
 MISSING = "Which colour is missing in signal {}?"
 STEP = "The lamp is {} before signal {}. Which colour does it have after it?"
+AFTER = "Which colour does the lamp have after signal {}?"
 END = "The lamp is uncovered. Which colour does it have at the end?"
 
 
@@ -101,6 +103,45 @@ def write_task(root: Path, grid: Mapping[str, Any], num_swaps: int) -> Path:
     rows["shuffled"] = [{**row, "thought_video": thoughts[other]} for row, other in zip(rows["train"], order)]
     perception.write_splits(output, rows, f"color_swap, {num_swaps} signals, {total} clips", FEATURES)
     return output
+
+
+def write_curriculum(root: Path, grid: Mapping[str, Any], num_swaps: int) -> Path:
+    """The training clips of one difficulty, each asked about one of its states.
+
+    Returns:
+        A dataset's folder. In split `slots3` most clips are asked what the lamp is after signal 3, the others about an
+        earlier state, all in the words of the question about the end: how far to go is said by the number of slots
+        alone. In `told3` clips are asked the same with that said in words.
+    """
+    output = root / f"{num_swaps} swaps" / "curriculum"
+    if (output / "README.md").is_file():
+        return output
+    train = list(load_split(str(write_task(root, grid, num_swaps)), "train"))
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for level in range(num_swaps + 1):
+        rng = np.random.default_rng([num_swaps, level])
+        is_earlier = (rng.random(len(train)) < grid["rehearsed"]) & (level > 0)
+        levels = np.where(is_earlier, rng.integers(max(level, 1), size=len(train)), level)
+        for kind in ("slots", "told"):
+            rows[f"{kind}{level}"] = [ask_about(row, kind, asked) for row, asked in zip(train, levels.tolist())]
+    features = Features({**perception.FEATURES, "latent_size": Value("int32")})
+    return perception.write_splits(output, rows, f"color_swap, {num_swaps} signals, states on the way", features)
+
+
+def ask_about(row: Mapping[str, Any], kind: str, asked: int) -> dict[str, Any]:
+    """The question about a clip's state after `asked` signals, 0 for the start, see `write_curriculum`."""
+    chain = _chain(row["reasoning_plan"])
+    question = row["question"]
+    if kind == "told" and asked < len(chain) - 1:
+        question = AFTER.format(asked) if asked else START
+    return {
+        **dict.fromkeys(perception.FEATURES),
+        **{name: row[name] for name in ("video", "options", "problem_type")},
+        "id": f"{row['id']}-{asked}",
+        "question": question,
+        "answer": chain[asked],
+        "latent_size": asked + 1,
+    }
 
 
 def _chain(plan: str) -> list[str]:
@@ -225,6 +266,22 @@ def list_arms(grid: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return arms
 
 
+def list_stages(arm: Mapping[str, Any], swaps: int) -> list[dict[str, Any]]:
+    """An arm's stages at one difficulty; one with a `curriculum` becomes a stage for each state of the chain."""
+    stages = []
+    for stage in arm["stages"]:
+        if (kind := stage.get("curriculum")) is None:
+            stages.append(stage)
+            continue
+        constant = {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": "{}"}
+        for level in range(swaps + 1):
+            one = {**stage, "share": stage["share"] / (swaps + 1), "dataset_train_split": f"{kind}{level}"}
+            if stage["script"] != "sft":
+                one["latent_size"] = swaps + 1  # of questions about the end
+            stages.append(one if level == swaps else one | constant)
+    return stages
+
+
 def run_arm(
     root: Path, grid: Mapping[str, Any], name: str, arm: Mapping[str, Any], swaps: int, seed: int
 ) -> dict[str, Any]:
@@ -233,32 +290,38 @@ def run_arm(
     if (folder / "run.json").is_file():
         return json.loads((folder / "run.json").read_text())
     start = train_base(root, grid, seed)
-    task, stages = write_task(root, grid, swaps), arm["stages"]
+    task, stages = write_task(root, grid, swaps), list_stages(arm, swaps)
+    num_steps = 0
     for number, stage in enumerate(stages):
-        own = {key: value for key, value in stage.items() if key not in ("script", "share")}
+        own = {key: value for key, value in stage.items() if key not in ("script", "share", "curriculum")}
         # A slot for each segment of the clip, and two frames of the thought video for each slot.
         block = {"latent_size": swaps + 2} if stage["script"] != "sft" else {}
         if stage["script"] == "stage1":
             block["num_target_frames"] = 2 * (swaps + 2)
         flags = {**grid["training"], **block, **own}
         steps = round(grid["max_steps"] * stage.get("share", 1.0))
-        output = _trained_alike(folder, grid, stages[: number + 1])
-        train(stage["script"], start, output, task, steps, seed, flags)
+        num_steps += steps
+        output = _trained_alike(folder, grid, stages[: number + 1], swaps)
+        rows = write_curriculum(root, grid, swaps) if "curriculum" in stage else task
+        train(stage["script"], start, output, rows, steps, seed, flags)
         start = output
-    record = {"arm": name, "seed": seed, "world": "color_swap", "difficulty": swaps, "steps": grid["max_steps"]}
+    record = {"arm": name, "seed": seed, "world": "color_swap", "difficulty": swaps, "steps": num_steps}
     record |= measure(start, task, stages, swaps)
+    if "curriculum" in stages[-1]:
+        asked = [measure(start, task, stages, swaps, is_brief=True, asked=level) for level in range(swaps + 1)]
+        record["accuracy_by_state"] = [found["accuracy"] for found in asked]
     if swaps == grid["variant_swaps"]:  # longer chains than it was trained on, too
         for more in (level for level in grid["swaps"] if level > swaps):
-            longer = measure(start, write_task(root, grid, more), stages, more, is_brief=True)
+            longer = measure(start, write_task(root, grid, more), list_stages(arm, more), more, is_brief=True)
             record.setdefault("more_swaps", {})[str(more)] = {name: longer[name] for name in ("accuracy", "interval")}
     (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n")
     return record
 
 
-def _trained_alike(folder: Path, grid: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> Path:
+def _trained_alike(folder: Path, grid: Mapping[str, Any], stages: Sequence[Mapping[str, Any]], swaps: int) -> Path:
     """Where the last of an arm's first stages is or will be: at an arm that has begun alike, else in its `folder`."""
-    last = str(len(stages) - 1)
-    others = [folder.parent / name for name, arm in list_arms(grid).items() if arm["stages"][: len(stages)] == stages]
+    last, num = str(len(stages) - 1), len(stages)
+    others = [folder.parent / name for name, arm in list_arms(grid).items() if list_stages(arm, swaps)[:num] == stages]
     return next((other / last for other in others if (other / last / "training.json").is_file()), folder / last)
 
 
@@ -267,9 +330,18 @@ def _trained_alike(folder: Path, grid: Mapping[str, Any], stages: Sequence[Mappi
 
 @torch.no_grad()
 def measure(
-    checkpoint: Path, dataset: Path, stages: Sequence[Mapping[str, Any]], swaps: int, is_brief: bool = False
+    checkpoint: Path,
+    dataset: Path,
+    stages: Sequence[Mapping[str, Any]],
+    swaps: int,
+    is_brief: bool = False,
+    asked: int | None = None,
 ) -> dict[str, Any]:
     """Accuracy on held-out clips, what an answer costs and, where states are fed back, what they do and hold.
+
+    Args:
+        asked (`int`, *optional*): ask about the state after so many signals instead of the end, as the last of
+            `stages` was taught to answer.
 
     Returns:
         `dict` of `accuracy`, its 95% `interval` (Wilson), `parsed`, `text_tokens_per_item` and
@@ -277,6 +349,13 @@ def measure(
         `probe_states`.
     """
     model, collator, rows, options = _ready_to_answer(checkpoint, dataset, stages, swaps)
+    if asked is not None:
+        rows = [ask_about(row, stages[-1]["curriculum"], asked) for row in rows]
+        if "latent_size" in options:
+            options["latent_size"] = asked + 1
+            options |= {
+                name: [one[: asked + 1] for one in options[name]] for name in ("replace_states",) & options.keys()
+            }
     answers = answer_rows(model, collator, rows, batch_size=50, **options)
     right, num = sum(one["is_correct"] for one in answers), len(answers)
     texts = collator.tokenizer([one["text"] for one in answers])["input_ids"]

@@ -127,7 +127,8 @@ def test_the_experiment_on_latents_runs_whole_and_repeats_nothing(tmp_path):
     grid |= {"num_rows": 8, "num_answers": 24, "num_scenes": 4, "see_steps": [1, 1], "max_steps": 2, "seeds": [0]}
     grid |= {"swaps": [2, 3], "variant_swaps": 2, "see_loss": 100.0}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
-    arms = ["sft", "pause tokens", "chain of thought", "full", "full, shuffled targets"]
+    taught = ["stage 2, curriculum", "sft, curriculum", "pause tokens, curriculum"]
+    arms = ["sft", "pause tokens", "chain of thought", "full", "full, shuffled targets", *taught]
     argv = [
         "--output",
         str(tmp_path / "out"),
@@ -141,10 +142,19 @@ def test_the_experiment_on_latents_runs_whole_and_repeats_nothing(tmp_path):
     results = internalisation.main(argv)
     assert {run["arm"]: round(run["latent_tokens_per_item"]) for run in results["runs"]} == {
         **dict.fromkeys(arms, 4),
+        **dict.fromkeys(taught, 3),
         "sft": 0,
+        "sft, curriculum": 0,
         "chain of thought": 0,
     }
-    assert set(results["interventions"]) == {"full, 2 swaps", "full, shuffled targets, 2 swaps"}
+    fed_back = ("full", "full, shuffled targets", "stage 2, curriculum")
+    assert set(results["interventions"]) == {f"{arm}, 2 swaps" for arm in fed_back}
+    assert {run["arm"]: run["steps"] for run in results["runs"]} == {
+        **dict.fromkeys(arms, 2),
+        **dict.fromkeys([arm for arm in arms if arm.startswith("full")], 1),  # shares of two steps, rounded
+        **dict.fromkeys(taught, 3),  # one for each state
+    }
+    assert all(len(run["accuracy_by_state"]) == 3 for run in results["runs"] if run["arm"] in taught)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
     seconds = results.pop("seconds_per_item")
     assert list(seconds) == ["sft", "chain of thought", "full"]
@@ -157,6 +167,24 @@ def test_the_experiment_on_latents_runs_whole_and_repeats_nothing(tmp_path):
     assert [len(accuracies) for accuracies in full["probes"]] == [3] * 4  # times by slots
     assert all(0 <= one <= 1 for accuracies in full["probes"] for one in accuracies)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")} == before
+    # A curriculum asks about the states on the way, in words or by the number of slots.
+    folder = str(tmp_path / "out" / "2 swaps" / "curriculum")
+    for level in range(3):
+        told, slots = (load_split(folder, f"{kind}{level}") for kind in ("told", "slots"))
+        for row, same, source in zip(told, slots, load_split(str(tmp_path / "out" / "2 swaps" / "rows"), "chain")):
+            asked = row["latent_size"] - 1
+            assert asked <= level
+            assert row["answer"] == same["answer"] == source["answer"].split()[1 + asked].removesuffix("</think>")
+            assert row["latent_size"] == same["latent_size"]
+            assert same["question"] == source["question"]
+            assert row["question"] == (
+                source["question"]
+                if asked == 2
+                else internalisation.AFTER.format(asked)
+                if asked
+                else internalisation.START
+            )
+        assert level == 0 or set(slots["latent_size"]) > {level + 1}
     # What the chain says are the lamp's colours; what is shuffled is another row's thought video, of the same row.
     rows = {split: load_split(str(tmp_path / "out" / "2 swaps" / "rows"), split) for split in ("chain", "train")}
     assert all(one["video"] == other["video"] for one, other in zip(rows["chain"], rows["train"]))
@@ -267,9 +295,9 @@ def test_what_an_arm_has_in_common_with_another_is_trained_once(tmp_path):
     for number in ("0", "1"):  # of the arm without the second stage
         (tmp_path / "full, teacher-forced" / number).mkdir(parents=True)
         (tmp_path / "full, teacher-forced" / number / "training.json").touch()
-    found = [internalisation._trained_alike(tmp_path / "full", grid, stages[:count]) for count in (1, 2, 3)]
+    found = [internalisation._trained_alike(tmp_path / "full", grid, stages[:count], 6) for count in (1, 2, 3)]
     assert found == [tmp_path / "full, teacher-forced" / "0", tmp_path / "full" / "1", tmp_path / "full" / "2"]
-    own = internalisation._trained_alike(tmp_path / "stage 1", grid, grid["arms"]["stage 1"])
+    own = internalisation._trained_alike(tmp_path / "stage 1", grid, grid["arms"]["stage 1"], 6)
     assert own == tmp_path / "stage 1" / "0"  # trained for longer
 
 
