@@ -398,7 +398,7 @@ def answer_memory(config: Any, inputs: Any, new_tokens: int, itemsize: int) -> i
 
 
 def measure_decode_step(bench: Bench) -> list[Result]:
-    """a decoding step: growing cache, static cache, compiled (on GPUs, or with --compile)"""
+    """a decoding step: growing cache, static, compiled (on GPUs, or with --compile); its matrix products alone"""
     results = []
     for name in bench.models_or("narrow", "slice"):
         model = build(name, bench.device, bench.dtype)
@@ -424,14 +424,31 @@ def _decode_step(bench: Bench, name: str, model: Any, batch_size: int) -> list[R
         compiling = CompileConfig() if bench.is_cuda else CompileConfig(mode="default")
         compiling._compile_all_devices = True
         options["static, compiled"] = {"cache_implementation": "static", "compile_config": compiling}
-    steps: dict[str, list[float]] = {way: [] for way in options}
+    layers = [module for module in model.model.language_model.modules() if isinstance(module, torch.nn.Linear)]
+    layers.append(model.lm_head)
+    vectors = {
+        width: torch.randn(batch_size, 1, width, device=bench.device, dtype=bench.dtype)
+        for width in {layer.in_features for layer in layers}
+    }
+    products = "matrix products alone"
+    steps: dict[str, list[float]] = {way: [] for way in (*options, products)}
 
     def generate(way: str) -> None:
         times = StepTimes(bench.clock)
         model.generate(**shared, **options[way], stopping_criteria=[times])
         steps[way].append(statistics.median(times.seconds[2:]))  # after the prompt's, and the first's preparations
 
-    ways = bench.try_out({way: partial(generate, way) for way in options})
+    @torch.no_grad()
+    def multiply() -> None:
+        seconds = []
+        for _ in range(num_steps // 4):
+            begin = bench.clock()
+            for layer in layers:
+                layer(vectors[layer.in_features])
+            seconds.append(bench.clock() - begin)
+        steps[products].append(statistics.median(seconds))
+
+    ways = bench.try_out({**{way: partial(generate, way) for way in options}, products: multiply})
     for way in ways:
         ways[way]()  # once more: a second call may compile again
         steps[way].clear()
@@ -446,7 +463,7 @@ def _decode_step(bench: Bench, name: str, model: Any, batch_size: int) -> list[R
             **summarize({"growing": steps["growing cache"], "this": steps[way]}, "this", "growing"),
         }
         result |= beside_floor(result["median_seconds"]["this"], floor)
-        if way == list(ways)[-1]:
+        if way == list(options)[-1]:
             result |= goal("part of the floor", result["of_floor"], at_least=0.7)
         results.append(result)
     return results

@@ -321,6 +321,15 @@ def test_without_pooling_rows_of_a_batch_may_differ_in_slots(trained, row, stage
         assert labelled_texts(trained, labels) == ["<|latent_start|>", "<|latent_end|>B<|im_end|>"]
 
 
+def test_a_row_may_say_its_own_number_of_slots(trained, row):
+    rows = [row, row | {"id": "own", "latent_size": 3}, row | {"id": "none of its own", "latent_size": None}]
+    pad_id = trained.tokenizer.convert_tokens_to_ids("<|latent_pad|>")
+    for size in (8, 5):
+        found = (StormsCollator(trained, "stage2", size)(rows)["input_ids"] == pad_id).sum(1)
+        assert found.tolist() == [size, 3, size]
+    assert (StormsCollator(trained, "sft")(rows)["input_ids"] != pad_id).all()
+
+
 # ------------------------------------------------------------------ targets
 
 
@@ -502,6 +511,8 @@ BAD_ROWS = {
         {"stage": "stage1"},
         "has 4 stored latent_targets, but latent_size is 8",
     ),
+    "slots of its own in Stage I": ({"latent_size": 3}, {"stage": "stage1"}, "latent_size of its own, 3, but Stage I"),
+    "no slots": ({"latent_size": 0}, {}, "has latent_size 0, expected slots of its block, 1 or more"),
     "empty answer": ({"answer": "  \n"}, {}, r"has answer '  \\n', expected text"),
     "no answer": ({"answer": None}, {}, "has answer None, expected text"),
     "no such option": ({"answer": "C"}, {}, "has answer 'C', expected the letter of one of its options, A, B"),
