@@ -281,8 +281,8 @@ class StormsCollator:
             num_slots = self._add_targets(example, row)
             block = [self.start_id, *[self.pad_id] * num_slots, self.end_id]
         elif self.stage == "stage2":
-            num_slots = row.get("latent_size") or self.latent_size
-            num_slots = num_slots or self._num_tokens(self.target_media(row)["grid_thw"])
+            own = row.get("latent_size") or self.latent_size
+            num_slots = own or self._num_tokens(self.target_media(row)["grid_thw"])
             block = [self.start_id, *[self.pad_id] * num_slots, self.end_id]
         added = [*block, *answer_ids]
         example.input_ids = [*ids, *added]

@@ -305,7 +305,8 @@ def run_arm(
         rows = write_curriculum(root, grid, swaps) if "curriculum" in stage else task
         train(stage["script"], start, output, rows, steps, seed, flags)
         start = output
-    record = {"arm": name, "seed": seed, "world": "color_swap", "difficulty": swaps, "steps": num_steps}
+    record: dict[str, Any] = {"arm": name, "seed": seed, "world": "color_swap", "difficulty": swaps}
+    record["steps"] = num_steps
     record |= measure(start, task, stages, swaps)
     if "curriculum" in stages[-1]:
         asked = [measure(start, task, stages, swaps, is_brief=True, asked=level) for level in range(swaps + 1)]
