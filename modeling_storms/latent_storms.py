@@ -1328,8 +1328,9 @@ class LatentReasoningMixin(Backbone):
 
     def _widen(self, input_ids, added, next_sequence_length=None, latent_feedback=None, **kwargs):
         """The ids and arguments of a step with the ids `added` after it."""
-        tail = torch.tensor(added, dtype=input_ids.dtype, device=input_ids.device)
-        ids = torch.cat([input_ids, tail.expand(len(input_ids), -1)], dim=1)
+        # Written on the device: a copy from the host would make it wait.
+        columns = [input_ids.new_full((len(input_ids), 1), token_id) for token_id in added]
+        ids = torch.cat([input_ids, *columns], dim=1)
         wide = self._update_model_kwargs_for_generation(ModelOutput(), dict(kwargs), num_new_tokens=len(added))
         if next_sequence_length is not None:
             wide["next_sequence_length"] = next_sequence_length + len(added)
