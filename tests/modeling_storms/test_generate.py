@@ -574,8 +574,9 @@ class Passes:
         self.model, self.widths = model.model.language_model, []
 
     def __enter__(self):
-        note = lambda module, args, kwargs: self.widths.append(kwargs["inputs_embeds"].shape[1])  # noqa: E731
-        self.hook = self.model.register_forward_pre_hook(note, with_kwargs=True)
+        self.hook = self.model.register_forward_pre_hook(
+            lambda module, args, kwargs: self.widths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+        )
         return self
 
     def __exit__(self, *error):
@@ -673,6 +674,7 @@ class TestHead:
         expected, all_rows = self.generate(model, inputs, output_logits=True, **options)
         assert (rows, all_rows) == (3 * (10 - self.SKIPPED), 3 * 10)
         assert out.sequences.tolist() == expected.sequences.tolist()
+        # Where logits are looked at, markers have passes of their own: the same sums in another order.
         for name in ("scores", "latent_states"):
             for one, other in zip(out[name], expected[name], strict=True):
                 torch.testing.assert_close(one, other, atol=STATE_TOLERANCE, rtol=STATE_TOLERANCE)
