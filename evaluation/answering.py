@@ -19,7 +19,6 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    Cache,
     CompileConfig,
     DynamicCache,
     Qwen2_5_VLProcessor,
@@ -197,8 +196,8 @@ class Answerer:
         processor: as `load_model` gives it.
         max_new_tokens (`int`): longest answer; the tokens of latent blocks are added to it.
         batch_size (`int`): questions at once.
-        is_compiled (`bool`): decode by compiled steps (on NVIDIA GPUs captured as graphs) with a static cache. For
-            many answers: the first ones wait for the compiler. If it fails, a warning tells, and they run uncompiled.
+        is_compiled (`bool`): decode by compiled steps (on NVIDIA GPUs captured as graphs). For many answers: the first
+            ones wait for the compiler. If it fails, a warning tells, and they run uncompiled.
         options: of `generate`: `latent_mode`, `latent_size`, ..., and `temporal_pool`, `spatial_pool` and
             `temporal_sampling`, instead of the checkpoint's.
 
@@ -409,13 +408,14 @@ class Answerer:
             room = latent["max_latent_blocks"] * (latent["latent_size"] + 2)
             ids = self.processor.latent_token_ids
             stop = [_TextBudget(length, self.max_new_tokens, torch.tensor(ids, device=self.model.device))]
-        cache: Cache
+        # A growing cache would be copied whole at each step.
+        cache = self._static_rows(clips.cache, used, length + self.max_new_tokens + room)
         if self.is_compiled:
-            cache = self._static_rows(clips.cache, used, length + self.max_new_tokens + room)
             options = {"compile_config": self.compile_config, **options}
             timed: AbstractContextManager[StepTimes | PassTimes] = nullcontext(StepTimes(self.clock.now))
         else:
-            cache, timed = _rows_of(clips.cache, used), self.clock.running()
+            options = {"disable_compile": True, **options}
+            timed = self.clock.running()
         with timed as steps:
             out = self.model.generate(
                 input_ids=inputs["input_ids"],

@@ -1248,7 +1248,8 @@ class LatentReasoningMixin(Backbone):
                 )
             # A compiled step with a head and one without would be two graphs. Whoever looks at logits gets them.
             looked_at = generation_config.output_logits or kwargs.get("logits_processor")
-            may_skip_head = not looked_at and not (cache is not None and cache.is_compileable)
+            may_compile = cache is not None and cache.is_compileable and not generation_config.disable_compile
+            may_skip_head = not looked_at and not may_compile
             run.may_run_ahead = run.may_run_ahead and not looked_at and cache is not None and not stuck
             run.begin(kwargs["input_ids_seq_length"], generation_config, may_skip_head)
             fill_token_id = _fill_token_id(generation_config)

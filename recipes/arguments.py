@@ -167,6 +167,9 @@ class StormsTrainingArguments(SFTConfig):
     stop_supervision: str = _option(
         "none", f"Training of the stay-or-end decision: {', '.join(STOP_SUPERVISIONS)}. For latent_stop='token'."
     )
+    stop_at_loss: float | None = _option(
+        None, "End training once the answers' loss, over the steps between two logs, is at most this: a stage learned."
+    )
     eval_answers: int = _option(
         64, "At each evaluation also answer so many rows by real generation (`eval_accuracy`). 0: only the loss."
     )
@@ -193,8 +196,8 @@ class StormsTrainingArguments(SFTConfig):
         for name in ("latent_size", "num_target_frames", "eval_max_new_tokens", "max_length"):
             _at_least(name, getattr(self, name), 1)
         _at_least("eval_answers", self.eval_answers, 0)
-        if self.latent_loss_weight < 0:
-            raise ValueError(f"--latent_loss_weight: saw {self.latent_loss_weight}, expected 0 or more.")
+        for name in ("latent_loss_weight", "stop_at_loss"):
+            _at_least(name, getattr(self, name), 0)
         fixed = {
             **dict.fromkeys(
                 ("packing", "padding_free", "label_smoothing_factor"), (0, "it does not work with blocks")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import shutil
 import sys
@@ -281,6 +282,9 @@ class StormsTrainer(SFTTrainer):
         if self.model.training:  # those of evaluation are in its results
             logs |= self._read_metrics("train")
         super().log(logs, start_time)
+        if self.args.stop_at_loss is not None and (loss := logs.get("loss/lm", math.inf)) <= self.args.stop_at_loss:
+            self.accelerator.print(f"Step {self.state.global_step}: the answers' loss is {loss:.4f}, training ends.")
+            self.control.should_training_stop = True
 
     # ------------------------------------------------------------------ evaluation
 

@@ -38,7 +38,7 @@ NUM_ROWS = 12
 
 def measure_evaluation(bench: Bench) -> list[Result]:
     """questions a second: three about each of four clips, with shared prefixes, compiled (see decode_step), without"""
-    return [result for name in bench.models_or("narrow") for result in _evaluation(bench, name)]
+    return [result for name in bench.models_or("narrow", "narrow_448") for result in _evaluation(bench, name)]
 
 
 def _evaluation(bench: Bench, name: str) -> list[Result]:

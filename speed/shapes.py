@@ -1,10 +1,10 @@
 """Models by size, with random weights, and what their shapes say about the work of an answer.
 
 `tiny`, `small`, `narrow`, `eighth` (the 3B model's depths and proportions at an eighth of its widths) and `slice`
-(four layers of the 3B's language model, as wide as they are) are for CPUs; `tiny_280` and `tiny_448` are the tiny
-model with larger frames, of which 32 make 1,600 and 4,096 visual tokens, the latter as with the releases. `3b` and
-`7b` have the shapes of Qwen2.5-VL's releases, and are made on the device in its own precision: nothing is downloaded.
-Figures do not depend on what weights hold.
+(four layers of the 3B's language model, as wide as they are) are for CPUs; `tiny_280`, `tiny_448` and `narrow_448` are
+some of them with larger frames, of which 32 make 1,600 and 4,096 visual tokens, the latter as with the releases. `3b`
+and `7b` have the shapes of Qwen2.5-VL's releases, and are made on the device in its own precision: nothing is
+downloaded. Figures do not depend on what weights hold.
 """
 
 import copy
@@ -63,6 +63,17 @@ def _released(hidden_size: int, intermediate_size: int, layers: int, heads: int,
     return Size(text, vision, (448, 448), tied=hidden_size == 2048, num_train_rows=2)
 
 
+_NARROW = Size(
+    {
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 12,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 24, 24]},
+    },
+    {"out_hidden_size": 512},
+    (140, 196),
+)
+
 SIZES = {
     "tiny": Size({}, {}, (56, 84)),
     "tiny_280": Size({}, {}, (280, 280)),
@@ -77,16 +88,8 @@ SIZES = {
         {"out_hidden_size": 256},
         (196, 280),
     ),
-    "narrow": Size(
-        {
-            "hidden_size": 512,
-            "intermediate_size": 1024,
-            "num_hidden_layers": 12,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 24, 24]},
-        },
-        {"out_hidden_size": 512},
-        (140, 196),
-    ),
+    "narrow": _NARROW,
+    "narrow_448": replace(_NARROW, frame=(448, 448)),
     "eighth": Size(
         {
             "hidden_size": 256,

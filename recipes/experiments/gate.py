@@ -12,7 +12,7 @@ to start afresh. The settings are those of `recipes/configs/tiny/`.
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,10 +141,17 @@ def measure(checkpoint: Path, dataset: Path, num_answers: int) -> dict[str, Any]
 
 
 def swap_latents(
-    model: StormsForConditionalGeneration, collator: StormsCollator, rows: Sequence[dict[str, Any]]
+    model: StormsForConditionalGeneration,
+    collator: StormsCollator,
+    rows: Sequence[dict[str, Any]],
+    going_on: Callable[[dict[str, Any], dict[str, Any]], str] | None = None,
 ) -> dict[str, Any]:
     """Give each row the latent states of a row with another answer, and see whose answer it gives. Answers are letters
     where rows have options, else words.
+
+    Args:
+        going_on (`Callable`, *optional*): from a row and its donor to what the row should answer if it goes on from a
+            donor's state that is not yet the end. Adds `goes_on_from_donor`, how often it does.
 
     Returns:
         `dict` of accuracies with latents `intact`, from a `donor`, and `noise` of the same norm; `follows_donor`, how
@@ -173,7 +180,7 @@ def swap_latents(
     ]
     for one in (*intact, *given):
         one["choice"] = one["choice"] or one["text"].strip()
-    return {
+    found = {
         "num_rows": len(rows),
         "intact": _mean(one["is_correct"] for one in intact),
         "donor": _mean(one["is_correct"] for one in given),
@@ -182,6 +189,11 @@ def swap_latents(
         "follows_donor_letter": _mean(one["choice"] == rows[donor]["answer"] for one, donor in zip(given, donors)),
         "intact_gives_donors_answer": _mean(one["choice"] == letter for one, letter in zip(intact, letters)),
     }
+    if going_on is not None:
+        found["goes_on_from_donor"] = _mean(
+            one["choice"] == going_on(row, rows[donor]) for one, row, donor in zip(given, rows, donors)
+        )
+    return found
 
 
 def shortfalls(results: dict[str, Any]) -> list[str]:

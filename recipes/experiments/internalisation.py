@@ -144,6 +144,14 @@ def ask_about(row: Mapping[str, Any], kind: str, asked: int) -> dict[str, Any]:
     }
 
 
+def last_signal(row: Mapping[str, Any], donor: Mapping[str, Any]) -> str:
+    """The colour of the donor's lamp before its last signal, after the last signal of `row`."""
+    before = _chain(donor["reasoning_plan"])[-2]
+    words = row["reasoning_plan"].rpartition(";")[-1].split()
+    low, high = (words[words.index("and") + shift] for shift in (-1, 1))
+    return {low: high, high: low}.get(before, before)
+
+
 def _chain(plan: str) -> list[str]:
     """The lamp's colours in a plan, one after another: at the start, then after each signal."""
     words = plan.replace(";", " ").replace(".", " ").replace(",", " ").split()
@@ -267,7 +275,8 @@ def list_arms(grid: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def list_stages(arm: Mapping[str, Any], swaps: int) -> list[dict[str, Any]]:
-    """An arm's stages at one difficulty; one with a `curriculum` becomes a stage for each state of the chain."""
+    """An arm's stages at one difficulty; one with a `curriculum` becomes a stage for each state of the chain, each but the
+    last until its `stop_at_loss`. What differs while the first is learned is under `start`."""
     stages = []
     for stage in arm["stages"]:
         if (kind := stage.get("curriculum")) is None:
@@ -275,10 +284,17 @@ def list_stages(arm: Mapping[str, Any], swaps: int) -> list[dict[str, Any]]:
             continue
         constant = {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": "{}"}
         for level in range(swaps + 1):
-            one = {**stage, "share": stage["share"] / (swaps + 1), "dataset_train_split": f"{kind}{level}"}
+            one = {**stage, "dataset_train_split": f"{kind}{level}"}
+            first = one.pop("start", {})
             if stage["script"] != "sft":
                 one["latent_size"] = swaps + 1  # of questions about the end
-            stages.append(one if level == swaps else one | constant)
+            if level == swaps:
+                one.pop("stop_at_loss", None)
+            else:
+                one |= constant
+            if level == 0:
+                one |= first
+            stages.append(one)
     return stages
 
 
@@ -299,11 +315,11 @@ def run_arm(
         if stage["script"] == "stage1":
             block["num_target_frames"] = 2 * (swaps + 2)
         flags = {**grid["training"], **block, **own}
-        steps = round(grid["max_steps"] * stage.get("share", 1.0))
-        num_steps += steps
+        steps = max(1, round(grid["max_steps"] * stage.get("share", 1.0)))
         output = _trained_alike(folder, grid, stages[: number + 1], swaps)
         rows = write_curriculum(root, grid, swaps) if "curriculum" in stage else task
         train(stage["script"], start, output, rows, steps, seed, flags)
+        num_steps += json.loads((output / "training.json").read_text())["steps"]
         start = output
     record: dict[str, Any] = {"arm": name, "seed": seed, "world": "color_swap", "difficulty": swaps}
     record["steps"] = num_steps
@@ -369,7 +385,7 @@ def measure(
         "latent_tokens_per_item": sum(one["latent_length"] for one in answers) / num,
     }
     if _is_fed_back(stages) and not is_brief:
-        found["interventions"] = swap_latents(model, collator, rows)
+        found["interventions"] = swap_latents(model, collator, rows, last_signal)
         states = torch.stack([one["latent_states"] for one in answers])
         found["probes"] = probe_states(states.numpy(), [_chain(row["reasoning_plan"]) for row in rows])
     return found

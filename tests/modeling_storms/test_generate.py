@@ -664,7 +664,13 @@ class TestHead:
         return out, sum(rows)
 
     @pytest.mark.parametrize(
-        "options", [{}, {"do_sample": True, "repetition_penalty": 1.3}, {"latent_bottleneck": True}]
+        "options",
+        [
+            {},
+            {"do_sample": True, "repetition_penalty": 1.3},
+            {"latent_bottleneck": True},
+            {"cache_implementation": "static", "disable_compile": True},
+        ],
     )
     def test_is_left_out_inside_a_block_and_nothing_changes(self, model, prompts, options):
         inputs, options = prompts("video", "text", "both"), self.OPTIONS | {"output_scores": True} | options

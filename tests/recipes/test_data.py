@@ -641,6 +641,7 @@ def test_options_of_a_stage_pass_in_it():
         ({"latent_bottleneck": 1.5}, "1.5", "0 to 1"),
         ({"latent_size": 0}, "0", "1 or more"),
         ({"latent_loss_weight": -0.1}, "-0.1", "0 or more"),
+        ({"stop_at_loss": -0.1}, "-0.1", "0 or more"),
         ({"num_target_frames": 0}, "0", "1 or more"),
         ({"eval_answers": -1}, "-1", "0 or more"),
         ({"eval_max_new_tokens": 0}, "0", "1 or more"),

@@ -125,7 +125,10 @@ def test_questions_to_see_on_have_right_answers(tmp_path):
 def test_the_experiment_on_latents_runs_whole_and_repeats_nothing(tmp_path):
     grid = yaml.safe_load(Path(internalisation.__file__).with_suffix(".yaml").read_text())
     grid |= {"num_rows": 8, "num_answers": 24, "num_scenes": 4, "see_steps": [1, 1], "max_steps": 2, "seeds": [0]}
-    grid |= {"swaps": [2, 3], "variant_swaps": 2, "see_loss": 100.0}
+    grid |= {"swaps": [2, 3], "variant_swaps": 2, "see_loss": 100.0, "rehearsed": 0.7}
+    grid["training"]["logging_steps"] = 1
+    for arm in ("sft, curriculum", "pause tokens, curriculum"):
+        grid["ablations"][arm][0] |= {"stop_at_loss": 100.0, "share": 2.5, "start": {"share": 1.5}}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
     taught = ["stage 2, curriculum", "sft, curriculum", "pause tokens, curriculum"]
     arms = ["sft", "pause tokens", "chain of thought", "full", "full, shuffled targets", *taught]
@@ -149,10 +152,12 @@ def test_the_experiment_on_latents_runs_whole_and_repeats_nothing(tmp_path):
     }
     fed_back = ("full", "full, shuffled targets", "stage 2, curriculum")
     assert set(results["interventions"]) == {f"{arm}, 2 swaps" for arm in fed_back}
+    assert all(0 <= one["goes_on_from_donor"] <= 1 for one in results["interventions"].values())
     assert {run["arm"]: run["steps"] for run in results["runs"]} == {
         **dict.fromkeys(arms, 2),
-        **dict.fromkeys([arm for arm in arms if arm.startswith("full")], 1),  # shares of two steps, rounded
-        **dict.fromkeys(taught, 3),  # one for each state
+        **dict.fromkeys([arm for arm in arms if arm.startswith("full")], 3),  # one in each stage
+        "stage 2, curriculum": 4,  # two for the start, one for each state behind it
+        **dict.fromkeys(taught[1:], 7),  # at most three and five, one where that is enough
     }
     assert all(len(run["accuracy_by_state"]) == 3 for run in results["runs"] if run["arm"] in taught)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
@@ -174,7 +179,8 @@ def test_the_experiment_on_latents_runs_whole_and_repeats_nothing(tmp_path):
         for row, same, source in zip(told, slots, load_split(str(tmp_path / "out" / "2 swaps" / "rows"), "chain")):
             asked = row["latent_size"] - 1
             assert asked <= level
-            assert row["answer"] == same["answer"] == source["answer"].split()[1 + asked].removesuffix("</think>")
+            *states, _ = source["answer"].replace("<think>", "").replace("</think>", "").split()
+            assert row["answer"] == same["answer"] == states[asked]
             assert row["latent_size"] == same["latent_size"]
             assert same["question"] == source["question"]
             assert row["question"] == (
@@ -193,6 +199,13 @@ def test_the_experiment_on_latents_runs_whole_and_repeats_nothing(tmp_path):
         assert len(states) == 3
         assert states[-1] == last == row["answer"]
         assert row["reasoning_plan"].startswith(f"The lamp starts {states[0]}.")
+        # Another row's last signal has the same effect wherever it finds the same colour, and one back.
+        assert internalisation.last_signal(row, row) == row["answer"]
+        for donor in rows["train"]:
+            before = internalisation._chain(donor["reasoning_plan"])[-2]
+            changed = {states[-2]: states[-1], states[-1]: states[-2]}.get(before, before)
+            if states[-2] != states[-1] or before == states[-1]:
+                assert internalisation.last_signal(row, donor) == changed
 
 
 @pytest.mark.slow

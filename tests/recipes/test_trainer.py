@@ -1,9 +1,12 @@
 """The trainer's losses, gradients and metrics against formulas written out by hand on the plain backbone."""
 
 import copy
+import json
 import math
 import resource
 import time
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -523,6 +526,20 @@ class TestMetrics:
         assert logged["tokens_per_second"] / logged["items_per_second"] == pytest.approx(tokens / 4)
         kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         assert logged["peak_memory_gb"] == pytest.approx(kilobytes * 1024 / 1e9, rel=0.1)
+
+    def test_training_ends_once_the_answers_are_learned(self, build, capsys):
+        run = partial(build, "stage2", optim="adamw_torch", learning_rate=3e-3, max_steps=6, logging_steps=2)
+        whole = run()
+        whole.train()
+        losses = {entry["step"]: entry["loss/lm"] for entry in whole.state.log_history if "loss/lm" in entry}
+        assert list(losses) == [2, 4, 6]
+        assert losses[2] > losses[4]
+        ended = run(stop_at_loss=losses[4])
+        ended.train()
+        ended.finish()
+        assert ended.state.global_step == 4
+        assert json.loads(Path(ended.args.output_dir, "training.json").read_text())["steps"] == 4
+        assert f"Step 4: the answers' loss is {losses[4]:.4f}, training ends." in capsys.readouterr().out
 
     def test_throughput_counts_the_time_of_training_alone(self, build, rows, monkeypatch):
         """A step takes one second by this clock, and an evaluation, in the middle of what is logged, a thousand."""
