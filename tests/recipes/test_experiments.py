@@ -153,12 +153,15 @@ def test_the_experiment_on_latents_runs_whole_and_repeats_nothing(tmp_path):
     fed_back = ("full", "full, shuffled targets", "stage 2, curriculum")
     assert set(results["interventions"]) == {f"{arm}, 2 swaps" for arm in fed_back}
     assert all(0 <= one["goes_on_from_donor"] <= 1 for one in results["interventions"].values())
-    assert {run["arm"]: run["steps"] for run in results["runs"]} == {
-        **dict.fromkeys(arms, 2),
-        **dict.fromkeys([arm for arm in arms if arm.startswith("full")], 3),  # one in each stage
-        "stage 2, curriculum": 4,  # two for the start, one for each state behind it
-        **dict.fromkeys(taught[1:], 7),  # at most three and five, one where that is enough
-    }
+    assert (
+        {run["arm"]: run["steps"] for run in results["runs"]}
+        == {
+            **dict.fromkeys(arms, 2),
+            **dict.fromkeys([arm for arm in arms if arm.startswith("full")], 3),  # one in each stage
+            "stage 2, curriculum": 4,  # two for the start, one for each state behind it
+            **dict.fromkeys(taught[1:], 7),  # at most three and five, one where that is enough
+        }
+    )
     assert all(len(run["accuracy_by_state"]) == 3 for run in results["runs"] if run["arm"] in taught)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
     seconds = results.pop("seconds_per_item")
