@@ -275,8 +275,8 @@ def list_arms(grid: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def list_stages(arm: Mapping[str, Any], swaps: int) -> list[dict[str, Any]]:
-    """An arm's stages at one difficulty; one with a `curriculum` becomes a stage for each state of the chain, each but the
-    last until its `stop_at_loss`. What differs while the first is learned is under `start`."""
+    """An arm's stages at one difficulty; one with a `curriculum` becomes a stage for each state of the chain, each but
+    the last until its `stop_at_loss`. What differs while the first is learned is under `start`."""
     stages = []
     for stage in arm["stages"]:
         if (kind := stage.get("curriculum")) is None:
