@@ -1,6 +1,6 @@
 """Measure what our code costs, beside the machine's own limits.
 
-    python -m speed                                  # every workload, a quarter of an hour on a CPU
+    python -m speed                                  # every workload, half an hour on a CPU
     python -m speed answer --batch_sizes 1           # one of them
     python -m speed answer decode_step --device cuda --model 7b     # shapes of a release, random weights
     python -m speed profile                          # traces, and the largest costs in words
