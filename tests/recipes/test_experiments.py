@@ -343,6 +343,17 @@ def test_the_evidence_that_is_shown_was_measured():
             assert any(f"| {changed['follows_donor']:.1%} | {changed['noise']:.1%} |" in line for line in shown), arm
 
 
+def test_the_states_on_the_way_that_are_shown_were_measured():
+    found = json.loads((Path(internalisation.__file__).parent / "results" / "internalisation.json").read_text())
+    readme = (Path(internalisation.__file__).parents[2] / "README.md").read_text()
+    for arm in ("stage 2, curriculum", "sft, curriculum", "pause tokens, curriculum"):
+        runs = [run["accuracy_by_state"] for run in found["runs"] if (run["arm"], run["difficulty"]) == (arm, 6)]
+        means = [f"{100 * sum(one) / len(runs):.1f}" for one in zip(*runs, strict=True)]
+        assert f"| {arm} | {' | '.join(means)} |" in readme
+    gone_on = found["interventions"]["stage 2, curriculum, 6 swaps"]["goes_on_from_donor"]
+    assert f"{gone_on:.1%} of the answers are" in readme
+
+
 def test_the_passes_that_are_shown_were_measured():
     found = json.loads((Path(internalisation.__file__).parent / "results" / "internalisation.json").read_text())
     sequential, *passes = found["solvers"]
