@@ -550,7 +550,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     axes.axhline(1 / 3, color="grey", linestyle=":", label="guessing")
     axes.set(xlabel="signals (state changes)", ylabel="accuracy on held-out clips", ylim=(0, 1.02))
     axes.set_xticks(sorted({run["difficulty"] for run in results["runs"]}))
-    axes.legend(loc="lower left", fontsize=8)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
