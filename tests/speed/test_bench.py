@@ -175,6 +175,13 @@ def test_readme_shows_the_committed_results():
         assert list(columns) == sizes
         assert f"| {way} | {' | '.join(columns.values())} |" in readme
 
+    steps = {}
+    for result in committed("decode_step"):
+        steps.setdefault(", ".join(result["model"].split(", ")[:2]), []).append(f"{result['ratio']:.2f}")
+    for model, ratios in steps.items():
+        assert len(ratios) == 4
+        assert f"| {model} | {' | '.join(ratios)} |" in readme
+
     passes = {}
     for result in committed("solver"):
         _, batch, _ = result["model"].split(", ")
