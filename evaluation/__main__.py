@@ -94,7 +94,7 @@ class EvaluationArguments:
     num_workers: int = _option(4, "Processes that decode videos; 0 decodes between batches.")
     compile: bool | None = _option(
         None,
-        "Decode by compiled steps with a static cache: the first answers wait, long. By default on NVIDIA GPUs.",
+        "Decode by compiled steps: the first answers wait, long. By default on NVIDIA GPUs.",
     )
     share_prefix: bool = _option(True, "Encode a video once for all questions about it.")
     dtype: str = _option("auto", "Type of the weights: auto, float32, bfloat16.")

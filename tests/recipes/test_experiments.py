@@ -354,6 +354,29 @@ def test_the_states_on_the_way_that_are_shown_were_measured():
     assert f"{gone_on:.1%} of the answers are" in readme
 
 
+def test_the_runs_that_were_repeated_are_shown():
+    results = Path(internalisation.__file__).parent / "results"
+    readme = (Path(internalisation.__file__).parents[2] / "README.md").read_text()
+    again = json.loads((results / "internalisation_repeated.json").read_text())["runs"]
+    first = json.loads((results / "internalisation.json").read_text())["runs"]
+    is_inside = {}
+    for run in again:
+        key = ("arm", "seed", "difficulty")
+        (before,) = (one for one in first if all(one[name] == run[name] for name in key))
+        low, high = before["interval"]
+        is_inside[run["arm"]] = low <= run["accuracy"] <= high
+        assert f"to {run['accuracy']:.1%}" in readme
+    assert is_inside == {"full": True, "sft": False}
+
+
+def test_what_noise_does_to_stage_2_at_two_signals_is_shown():
+    found = json.loads((Path(internalisation.__file__).parent / "results" / "internalisation.json").read_text())
+    readme = (Path(internalisation.__file__).parents[2] / "README.md").read_text()
+    changed = found["interventions"]["stage 2, 2 swaps"]
+    assert f"with noise in them {changed['noise']:.0%} are" in readme
+    assert f"with a donor's states {changed['follows_donor']:.0%} give" in readme
+
+
 def test_the_passes_that_are_shown_were_measured():
     found = json.loads((Path(internalisation.__file__).parent / "results" / "internalisation.json").read_text())
     sequential, *passes = found["solvers"]
