@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from accelerate import PartialState
 from datasets import Features, Value
 from rich.console import Console
 from rich.progress import track
@@ -60,6 +61,12 @@ END = "The lamp is uncovered. Which colour does it have at the end?"
 class InternalisationArguments:
     output: str = field(default="internalisation_output", metadata={"help": "Folder of data, checkpoints and runs."})
     config: str = field(default=str(Path(__file__).with_suffix(".yaml")), metadata={"help": "The grid, as YAML."})
+    size: str | None = field(
+        default=None,
+        metadata={
+            "help": "One of the YAML's `sizes`, such as `larger` for a GPU, in a folder of `output` of its own."
+        },
+    )
     results: str | None = field(
         default=None,
         metadata={"help": "Also write the figures to this file, beside those of runs in it that `output` lacks."},
@@ -196,16 +203,14 @@ def _questions(scene: ColorSwapScene, rng: np.random.Generator) -> Iterator[tupl
 # ------------------------------------------------------------------ training
 
 
-def make_base(folder: Path, seed: int) -> None:
+def make_base(folder: Path, grid: Mapping[str, Any], seed: int) -> None:
     """A random model just wide enough to learn this, at a scale from which it learns."""
     (row,) = list_rows(["color_swap"], 1, seed, {"train": 1.0})
     signals = range(1, MAX_SIGNALS + 1)
     asked = [row["question"], START, END, *(MISSING.format(one) for one in signals)]
     asked += [STEP.format(name, one) for name in row["options"] for one in signals]
     texts = [storms_prompt(question, []) for question in asked] + ["<think>red green blue</think> red"] * 20
-    base, processor = build_tiny_base(
-        seed, num_hidden_layers=4, hidden_size=128, initializer_range=0.08, rope_theta=10.0, texts=texts
-    )
+    base, processor = build_tiny_base(seed, rope_theta=10.0, texts=texts, **grid["base"])
     # One token for each pair of frames, of which a signal has one.
     processor.video_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28}
     model, storms_processor = convert(base, processor, seed=seed)
@@ -240,7 +245,7 @@ def train_base(root: Path, grid: Mapping[str, Any], seed: int) -> Path:
     if not (root / "see" / "README.md").is_file():
         write_base_task(root / "see", grid["num_scenes"])
     if not (folder / "random" / "config.json").is_file():
-        make_base(folder / "random", seed)
+        make_base(folder / "random", grid, seed)
     start = folder / "random"
     (first, steps), rounds = grid["see_steps"], range(grid["see_rounds"])
     for name, split, steps in [("see", "see", first), *((f"step{number}", "step", steps) for number in rounds)]:
@@ -275,26 +280,27 @@ def list_arms(grid: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def list_stages(arm: Mapping[str, Any], swaps: int) -> list[dict[str, Any]]:
-    """An arm's stages at one difficulty; one with a `curriculum` becomes a stage for each state of the chain, each but
-    the last until its `stop_at_loss`. What differs while the first is learned is under `start`."""
+    """An arm's stages at one difficulty; one with a `curriculum` becomes a stage for each state of the chain.
+
+    Each goes on until its `stop_at_loss`; what differs while the first is learned is under `start`. The last takes all
+    of its steps; with an `end`, which says what differs then, it does so as a stage more.
+    """
     stages = []
     for stage in arm["stages"]:
         if (kind := stage.get("curriculum")) is None:
             stages.append(stage)
             continue
-        constant = {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": "{}"}
-        for level in range(swaps + 1):
-            one = {**stage, "dataset_train_split": f"{kind}{level}"}
-            first = one.pop("start", {})
-            if stage["script"] != "sft":
-                one["latent_size"] = swaps + 1  # of questions about the end
-            if level == swaps:
-                one.pop("stop_at_loss", None)
-            else:
-                one |= constant
-            if level == 0:
-                one |= first
-            stages.append(one)
+        one = dict(stage)
+        start, end = one.pop("start", {}), one.pop("end", None)
+        if stage["script"] != "sft":
+            one["latent_size"] = swaps + 1  # of questions about the end
+        closing = {**one, "dataset_train_split": f"{kind}{swaps}", **(end or {})}
+        closing.pop("stop_at_loss", None)
+        one |= {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": "{}"}
+        for level in range(swaps + (end is not None)):
+            split = {"dataset_train_split": f"{kind}{level}"}
+            stages.append({**one, **split, **(start if level == 0 else {})})
+        stages.append(closing)
     return stages
 
 
@@ -419,7 +425,7 @@ def _is_fed_back(stages: Sequence[Mapping[str, Any]]) -> bool:
 
 def _ready_to_answer(checkpoint: Path, dataset: Path, stages: Sequence[Mapping[str, Any]], swaps: int) -> Any:
     """An arm's model, collator and held-out rows, and how `answer_rows` lets it answer."""
-    model = StormsForConditionalGeneration.from_pretrained(checkpoint).eval()
+    model = StormsForConditionalGeneration.from_pretrained(checkpoint).eval().to(PartialState().device)
     collator = StormsCollator(StormsProcessor.from_pretrained(checkpoint))
     rows: Any = list(load_split(str(dataset), "validation"))
     options: dict[str, Any] = {"max_new_tokens": 32, "latent_mode": "off"}
@@ -557,11 +563,18 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     (arguments,) = HfArgumentParser(InternalisationArguments, description=__doc__).parse_args_into_dataclasses(argv)
-    grid = yaml.safe_load(Path(arguments.config).read_text())
+    root, grid = Path(arguments.output), yaml.safe_load(Path(arguments.config).read_text())
+    if arguments.size is not None:
+        if arguments.size not in grid["sizes"]:
+            raise SystemExit(f"Error: --size: saw {arguments.size!r}, expected one of {', '.join(grid['sizes'])}.")
+        root /= arguments.size
+        for name, value in grid["sizes"][arguments.size].items():
+            grid[name] = {**grid[name], **value} if isinstance(value, dict) else value
+    PartialState(cpu=grid["training"]["use_cpu"])  # where answers are given
     known = list_arms(grid)
     if unknown := set(arguments.arms) - set(known):
         raise SystemExit(f"Error: --arms: saw {sorted(unknown)}, expected some of {', '.join(known)}.")
-    root = Path(arguments.output)
+    torch.set_num_threads(1)  # sums in one order: a run that is repeated comes out the same
     for seed in arguments.seeds or grid["seeds"]:
         for name in arguments.arms or known:
             if not arguments.arms and seed not in known[name]["seeds"]:

@@ -158,7 +158,7 @@ def test_the_experiment_on_latents_runs_whole_and_repeats_nothing(tmp_path):
         == {
             **dict.fromkeys(arms, 2),
             **dict.fromkeys([arm for arm in arms if arm.startswith("full")], 3),  # one in each stage
-            "stage 2, curriculum": 4,  # two for the start, one for each state behind it
+            "stage 2, curriculum": 19,  # six for each of three states, one more for the end
             **dict.fromkeys(taught[1:], 7),  # at most three and five, one where that is enough
         }
     )
@@ -175,6 +175,11 @@ def test_the_experiment_on_latents_runs_whole_and_repeats_nothing(tmp_path):
     assert [len(accuracies) for accuracies in full["probes"]] == [3] * 4  # times by slots
     assert all(0 <= one <= 1 for accuracies in full["probes"] for one in accuracies)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")} == before
+    # From nothing, a run comes out the same.
+    internalisation.main(["--output", str(tmp_path / "again"), *argv[2 : -len(arms)], "sft"])
+    for name in ("base/model.safetensors", "2 swaps/sft/0/model.safetensors", "2 swaps/sft/run.json"):
+        first, second = (tmp_path / root / "seed0" / name for root in ("out", "again"))
+        assert first.read_bytes() == second.read_bytes(), name
     # A curriculum asks about the states on the way, in words or by the number of slots.
     folder = str(tmp_path / "out" / "2 swaps" / "curriculum")
     for level in range(3):
