@@ -331,6 +331,15 @@ def test_variants_are_for_the_first_seed_and_the_curve_for_all():
     assert (arms["full, pad"]["swaps"], arms["full, pad"]["seeds"]) == ([6], [0])
 
 
+def test_a_size_changes_what_is_there(tmp_path):
+    grid = yaml.safe_load(Path(internalisation.__file__).with_suffix(".yaml").read_text())
+    for changes in grid["sizes"].values():
+        assert set(changes) <= set(grid)
+        assert all(set(changes[name]) <= set(grid[name]) for name in ("base", "training"))
+    with pytest.raises(SystemExit, match=r"--size: saw 'huge', expected one of larger\."):
+        internalisation.main(["--size", "huge", "--output", str(tmp_path)])
+
+
 def test_the_evidence_that_is_shown_was_measured():
     found = json.loads((Path(internalisation.__file__).parent / "results" / "internalisation.json").read_text())
     lines = (Path(internalisation.__file__).parents[2] / "README.md").read_text().splitlines()
